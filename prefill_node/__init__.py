@@ -1,0 +1,1 @@
+"""The process that turns prompts into state and a first token."""

@@ -1,0 +1,216 @@
+"""What crosses between an API process and its engine processes, as typed messages (msgpack on a ZMQ socket).
+
+Text never crosses: the API process encodes, detokenises, parses and searches stop strings; the engine sees token ids.
+Directions are in each docstring. Times are seconds; token ids are indices into the checkpoint's vocabulary.
+"""
+
+import msgspec
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How to choose tokens, already validated and resolved (no None means "server default").
+
+    Randomness is counter based: token t of a request depends on (seed, t, logits) and nothing else, so the result does
+    not change when a request is preempted, moved to another rank, or batched with others.
+    """
+
+    max_tokens: int
+    """Tokens to generate at most, counted from the end of the original prompt."""
+    min_tokens: int = 0
+    """EOS and stop ids are masked until this many tokens are generated."""
+    temperature: float = 1.0
+    """0 means greedy: the largest logit, ties to the lowest id."""
+    top_p: float = 1.0
+    top_k: int = 0
+    """0 means off."""
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+    """63 bits. Chosen at random by the API process (or the router, for both legs) when the caller gave none."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    allowed_token_ids: tuple[int, ...] = ()
+    """Empty means all."""
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    """Token sequences that must not appear: the last id is masked when the others precede it."""
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    """None: none. k >= 0: the sampled token's logprob and the k most likely; -1: the whole vocabulary."""
+    prompt_logprobs: int | None = None
+    constraint: bytes | None = None
+    """A serialised `api.grammar` specification; the node gives the engine a factory that understands it."""
+
+
+class SendState(msgspec.Struct, frozen=True, tag="send", kw_only=True):
+    """Prefill only: compute the prompt, sample one token, hold the state for whoever claims `transfer_id`."""
+
+    transfer_id: str
+
+
+class ReceiveState(msgspec.Struct, frozen=True, tag="receive", kw_only=True):
+    """Decode: the prompt's state and first token come from another rank."""
+
+    transfer_id: str
+    source_address: str
+    """host:port of the prefill rank's hand-off service."""
+    source_epoch: str
+    """The incarnation of that rank the router saw (32 hex digits), empty if unknown."""
+
+
+class Submit(msgspec.Struct, frozen=True, tag="submit", kw_only=True):
+    """API -> engine: a new request."""
+
+    request_id: str
+    prompt_ids: tuple[int, ...]
+    sampling: SamplingParams
+    handoff: SendState | ReceiveState | None = None
+    """None: prefill and decode here."""
+    generated_ids: tuple[int, ...] = ()
+    """Tokens already generated elsewhere (a resumed stream): prefilled like the prompt, counted as output."""
+    priority: int = 0
+    """Lower first; first come first served within one value."""
+
+
+class Abort(msgspec.Struct, frozen=True, tag="abort"):
+    """API -> engine: forget this request and give everything back. Unknown ids are ignored."""
+
+    request_id: str
+
+
+class ReleaseTransfer(msgspec.Struct, frozen=True, tag="release"):
+    """API -> engine: the router gave this transfer up. Ids unknown yet are remembered for a while."""
+
+    transfer_id: str
+
+
+class ResetPrefixCache(msgspec.Struct, frozen=True, tag="reset_prefix_cache"):
+    """API -> engine: forget every cached prefix."""
+
+
+class Drain(msgspec.Struct, frozen=True, tag="drain"):
+    """API -> engine: finish what is running and what is promised, then report `Drained`."""
+
+
+class Shutdown(msgspec.Struct, frozen=True, tag="shutdown"):
+    """API -> engine: stop now."""
+
+
+ToEngine = Submit | Abort | ReleaseTransfer | ResetPrefixCache | Drain | Shutdown
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """Log-probabilities (natural log, after temperature-free softmax of the raw logits) at one position."""
+
+    token_id: int
+    logprob: float
+    rank: int
+    """1 = most likely."""
+    top_ids: tuple[int, ...]
+    top_logprobs: tuple[float, ...]
+
+
+class Tokens(msgspec.Struct, frozen=True, array_like=True):
+    """New tokens of one request in one step, in order. `finish_reason` is set on the last one of a request."""
+
+    request_id: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    finish_reason: str | None = None
+    """"stop" (EOS, stop id or grammar end), "length", "abort"; None while running."""
+    stop_token_id: int | None = None
+    """The stop id that ended it, None for EOS."""
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    """Prompt tokens whose state was reused (from Ready when the prompt was prefilled elsewhere)."""
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
+
+
+class StepOutput(msgspec.Struct, frozen=True, tag="step"):
+    """Engine -> API: everything one step produced, in one message."""
+
+    outputs: tuple[Tokens, ...]
+
+
+class RequestFailed(msgspec.Struct, frozen=True, tag="failed", kw_only=True):
+    """Engine -> API: this request ends without an answer. Its pages and slot are already given back or quarantined."""
+
+    request_id: str
+    kind: str
+    """"invalid", "overloaded", "transfer", "internal"."""
+    message: str
+    tokens_emitted: int = 0
+
+
+class Handover(msgspec.Struct, frozen=True, tag="handover", kw_only=True):
+    """Engine -> API: how one received state came across. Sent with the first token; for metrics and benchmarks."""
+
+    request_id: str
+    num_bytes: int
+    transfer_s: float
+    """From the first read submitted to the last read ended."""
+    exposed_s: float
+    """The part after prefill's Ready arrived: what the client waits for."""
+    wait_s: float
+    """From Claim to Ready."""
+
+
+class EngineStats(msgspec.Struct, frozen=True, tag="stats", kw_only=True):
+    """Engine -> API: a snapshot, about twice a second and after each change of state."""
+
+    rank: int
+    running: int
+    waiting: int
+    receiving: int
+    held: int
+    """Finished prefills whose state waits to be fetched."""
+    queued_prompt_tokens: int
+    pages_total: int
+    pages_free: int
+    pages_quarantined: int
+    slots_total: int
+    slots_free: int
+    preemptions: int
+    prompt_tokens: int
+    generated_tokens: int
+    steps: int
+    transfers_sent: int
+    transfers_received: int
+    transfers_failed: int
+    recomputed: int
+    bytes_received: int
+    draining: bool = False
+
+
+class EngineReady(msgspec.Struct, frozen=True, tag="ready", kw_only=True):
+    """Engine -> API, once: the rank can take work."""
+
+    rank: int
+    epoch: str
+    """128 random bits in hex; new for every process start and every re-creation of the transfer engine."""
+    handoff_address: str
+    """host:port of this rank's hand-off service, empty when it takes part in no transfers."""
+    format_digest: str
+    format_summary: str
+    """One line for people: what a mismatch message shows."""
+    max_model_len: int
+    num_pages: int
+    num_slots: int
+
+
+class EpochChanged(msgspec.Struct, frozen=True, tag="epoch"):
+    """Engine -> API: the transfer engine was re-created; peers must use the new epoch."""
+
+    rank: int
+    epoch: str
+    handoff_address: str
+
+
+class Drained(msgspec.Struct, frozen=True, tag="drained"):
+    """Engine -> API: nothing is running and nothing promised is left."""
+
+    rank: int
+
+
+FromEngine = StepOutput | RequestFailed | Handover | EngineStats | EngineReady | EpochChanged | Drained

@@ -1,0 +1,70 @@
+import asyncio
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from runtime.channel import ChannelAddress, EngineChannel, NodeChannel
+from runtime.errors import ProcessDied
+from runtime.process import ChildProcess
+from runtime.requests import Drain, Drained, FromEngine, SamplingParams, Shutdown, StepOutput, Submit
+from tests.runtime.channel_echo import main, never_ready
+
+
+def submit(number: int) -> Submit:
+    return Submit(request_id=str(number), prompt_ids=tuple(range(number)), sampling=SamplingParams(max_tokens=1))
+
+
+async def started(tmp_path: Path) -> tuple[ChildProcess, NodeChannel, asyncio.Queue[FromEngine]]:
+    address = ChannelAddress(str(tmp_path), 0)
+    messages: asyncio.Queue[FromEngine] = asyncio.Queue()
+    channel = NodeChannel(address, messages.put_nowait)
+    child = ChildProcess("echo", main, address)
+    child.start()
+    assert await child.until(asyncio.ensure_future(messages.get()), 20) == Drained(0)
+    return child, channel, messages
+
+
+async def test_messages_cross_in_order_and_the_child_ends_when_asked(tmp_path: Path) -> None:
+    child, channel, messages = await started(tmp_path)
+    for number in range(1000):
+        channel.send(submit(number))
+    for number in range(1000):
+        answer = await asyncio.wait_for(messages.get(), 10)
+        assert isinstance(answer, StepOutput)
+        assert answer.outputs[0].request_id == str(number)
+        assert len(answer.outputs[0].token_ids) == number
+    channel.send(Shutdown())
+    assert await asyncio.wait_for(child.died(), 10) == 0
+    channel.close()
+
+
+async def test_the_parent_learns_the_exit_code_of_a_child_that_dies(tmp_path: Path) -> None:
+    child, channel, messages = await started(tmp_path)
+    channel.send(Drain())
+    with pytest.raises(ProcessDied, match="exit code 7"):
+        await child.until(asyncio.ensure_future(messages.get()), 10)
+    channel.close()
+
+
+async def test_a_child_that_is_never_ready_is_given_up_and_killed(tmp_path: Path) -> None:
+    channel = NodeChannel(ChannelAddress(str(tmp_path), 0), lambda _: None)
+    child = ChildProcess("sleeper", never_ready, ChannelAddress(str(tmp_path), 0))
+    child.start()
+    with pytest.raises(ProcessDied, match=r"not ready after 0\.5 s"):
+        await child.until(asyncio.get_running_loop().create_future(), 0.5)
+    await child.stop(grace_s=0.1)
+    assert not child.alive
+    channel.close()
+
+
+def test_wake_ends_a_wait_from_another_thread(tmp_path: Path) -> None:
+    channel = EngineChannel(ChannelAddress(str(tmp_path), 0))
+    timer = threading.Timer(0.1, channel.wake)
+    timer.start()
+    began = time.monotonic()
+    assert channel.receive(timeout_s=20) == []
+    assert time.monotonic() - began < 10
+    timer.join()
+    channel.close(flush_s=0)
