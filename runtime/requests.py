@@ -160,26 +160,26 @@ class EngineStats(msgspec.Struct, frozen=True, tag="stats", kw_only=True):
     """Engine -> API: a snapshot, about twice a second and after each change of state."""
 
     rank: int
-    running: int
-    waiting: int
-    receiving: int
-    held: int
+    running: int = 0
+    waiting: int = 0
+    receiving: int = 0
+    held: int = 0
     """Finished prefills whose state waits to be fetched."""
-    queued_prompt_tokens: int
-    pages_total: int
-    pages_free: int
-    pages_quarantined: int
-    slots_total: int
-    slots_free: int
-    preemptions: int
-    prompt_tokens: int
-    generated_tokens: int
-    steps: int
-    transfers_sent: int
-    transfers_received: int
-    transfers_failed: int
-    recomputed: int
-    bytes_received: int
+    queued_prompt_tokens: int = 0
+    pages_total: int = 0
+    pages_free: int = 0
+    pages_quarantined: int = 0
+    slots_total: int = 0
+    slots_free: int = 0
+    preemptions: int = 0
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    steps: int = 0
+    transfers_sent: int = 0
+    transfers_received: int = 0
+    transfers_failed: int = 0
+    recomputed: int = 0
+    bytes_received: int = 0
     draining: bool = False
 
 

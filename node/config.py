@@ -1,0 +1,51 @@
+"""What a prefill and a decode node have in common in their YAML. Names follow vLLM's flags where one exists."""
+
+import msgspec
+
+from api.settings import ApiSettings
+from engine.config import EngineConfig
+from kv_transfer.config import TransferConfig
+from node.membership import MembershipConfig
+
+
+class NodeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One node: its HTTP address, its engine ranks, and the parts they are made of."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    advertise_host: str = ""
+    """How routers reach this node's HTTP port; empty: `host`."""
+    node_id: str = ""
+    """Stable over restarts; empty: advertise_host:port."""
+
+    data_parallel_size: int = 1
+    """Engine processes, one per GPU."""
+    enable_expert_parallel: bool = False
+    """Split the routed experts over the ranks instead of holding all of them on each."""
+
+    engine: EngineConfig
+    transfer: TransferConfig = TransferConfig()
+    api: ApiSettings = ApiSettings()
+    membership: MembershipConfig = MembershipConfig()
+
+    ready_timeout_s: float = 600.0
+    """For every rank to load its weights and be able to take work."""
+    drain_timeout_s: float = 30.0
+    """After SIGTERM: for running streams to end and promised state to be fetched."""
+    log_level: str = "info"
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.port <= 65535:
+            raise ValueError(f"port={self.port} is not a port")
+        if self.data_parallel_size < 1:
+            raise ValueError(f"data_parallel_size={self.data_parallel_size}: must be at least 1")
+        if self.host == "0.0.0.0" and not self.advertise_host:
+            raise ValueError("host=0.0.0.0 needs advertise_host: the address at which routers reach this node")
+
+    @property
+    def http_url(self) -> str:
+        return f"http://{self.advertise_host or self.host}:{self.port}"
+
+    @property
+    def id(self) -> str:
+        return self.node_id or f"{self.advertise_host or self.host}:{self.port}"

@@ -1,0 +1,110 @@
+"""The API process's view of its engine processes: submit requests, stream tokens, abort, watch the load.
+
+Implements `api.backend.EngineClient`. Runs on the event loop and owns every request of the node from `generate` until
+its end, its failure, or the closing of its stream.
+"""
+
+from collections.abc import Callable, Sequence
+
+from api.backend import EngineInfo, TokenQueue, failure
+from node.engine_process import EngineProcess
+from runtime.errors import EngineError, RequestError
+from runtime.requests import (
+    Abort,
+    EngineStats,
+    FromEngine,
+    Handover,
+    ReleaseTransfer,
+    RequestFailed,
+    ResetPrefixCache,
+    StepOutput,
+    Submit,
+)
+
+
+class NodeEngineClient:
+    """All engine ranks of this node."""
+
+    def __init__(
+        self, info: EngineInfo, engines: Sequence[EngineProcess], on_handover: Callable[[Handover], None]
+    ) -> None:
+        self.info = info
+        self._engines = engines
+        self._streams: dict[str, tuple[TokenQueue, EngineProcess]] = {}
+        self._next_rank = 0
+        self._on_handover = on_handover
+        for engine in engines:
+            engine.on_message = self._on_message
+
+    async def generate(self, request: Submit, *, rank: int | None = None) -> TokenQueue:
+        """Submit a request to `rank`, or to the ranks in turn.
+
+        Raises RequestError for a rank that is not there or a request id in use, EngineError when the rank is down. What
+        the engine itself refuses is raised by the stream.
+        """
+        if rank is None:
+            rank = self._next_rank
+            self._next_rank = (rank + 1) % len(self._engines)
+        if not 0 <= rank < len(self._engines):
+            raise RequestError(
+                f"data-parallel rank {rank} does not exist: this node has ranks 0..{len(self._engines) - 1}",
+                param="x-data-parallel-rank",
+            )
+        if request.request_id in self._streams:
+            raise RequestError(f"request id {request.request_id} is in use", param="request_id")
+        engine = self._engines[rank]
+        if (reason := engine.trouble()) is not None:
+            raise EngineError(f"request {request.request_id}: {reason}")
+        stream = TokenQueue(request.request_id, self._abort)
+        self._streams[request.request_id] = (stream, engine)
+        engine.send(request)
+        return stream
+
+    def _abort(self, request_id: str) -> None:
+        _, engine = self._streams.pop(request_id)
+        engine.send(Abort(request_id))
+
+    def release(self, transfer_id: str) -> None:
+        """The router gave this transfer up. Which rank holds it is not known here, so every rank is told."""
+        for engine in self._engines:
+            engine.send(ReleaseTransfer(transfer_id))
+
+    def reset_prefix_cache(self) -> None:
+        for engine in self._engines:
+            engine.send(ResetPrefixCache())
+
+    def health(self) -> str | None:
+        """None when every rank is well, else the reason."""
+        return next((reason for engine in self._engines if (reason := engine.trouble()) is not None), None)
+
+    def ranks(self) -> Sequence[EngineStats]:
+        return [engine.stats or EngineStats(rank=engine.rank) for engine in self._engines]
+
+    @property
+    def num_open(self) -> int:
+        """Requests whose end is not known yet."""
+        return len(self._streams)
+
+    def fail_all(self, engine: EngineProcess, reason: str) -> None:
+        """An engine process ended: every request on it ends with the reason."""
+        lost = [request_id for request_id, (_, owner) in self._streams.items() if owner is engine]
+        for request_id in lost:
+            stream, _ = self._streams.pop(request_id)
+            stream.fail(EngineError(f"request {request_id}: {reason}"))
+
+    def _on_message(self, message: FromEngine) -> None:
+        # A request that is not known here any more was aborted; its last tokens were already on their way.
+        match message:
+            case StepOutput(outputs):
+                for tokens in outputs:
+                    if (entry := self._streams.get(tokens.request_id)) is not None:
+                        if tokens.finish_reason is not None:
+                            del self._streams[tokens.request_id]
+                        entry[0].push(tokens)
+            case RequestFailed():
+                if (entry := self._streams.pop(message.request_id, None)) is not None:
+                    entry[0].fail(failure(message))
+            case Handover():
+                self._on_handover(message)
+            case _:
+                pass
