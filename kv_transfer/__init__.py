@@ -1,1 +1,1 @@
-"""Moves one request's state between ranks: format, transfer state machine, leases, Mooncake. Knows bytes, not models."""
+"""Moves one request's state between ranks: format, state machine, leases, Mooncake. Knows bytes, not models."""

@@ -1,0 +1,1 @@
+"""The wire between processes: protobuf definitions and the code generated from them."""
