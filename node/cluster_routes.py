@@ -1,10 +1,10 @@
-"""What a router with a static list of nodes asks over HTTP: who this node is, and to let go of a transfer."""
+"""What routers with static lists, and tools, ask over HTTP: who this node is, how its ranks are, a release."""
 
 import msgspec
 from aiohttp import web
 
 from node.engine_client import NodeEngineClient
-from node.membership import Membership
+from node.membership import Membership, as_json
 
 
 class _Release(msgspec.Struct, frozen=True):
@@ -15,10 +15,13 @@ _decode_release = msgspec.json.Decoder(_Release).decode
 
 
 def add_cluster_routes(app: web.Application, membership: Membership, client: NodeEngineClient) -> None:
-    """GET /cluster/node and POST /cluster/release."""
+    """GET /cluster/node, GET /cluster/ranks and POST /cluster/release."""
 
     async def describe(_: web.Request) -> web.Response:
-        return web.Response(body=msgspec.json.encode(membership.description()), content_type="application/json")
+        return web.json_response(as_json(membership.join))
+
+    async def ranks(_: web.Request) -> web.Response:
+        return web.Response(body=msgspec.json.encode(client.ranks()), content_type="application/json")
 
     async def release(request: web.Request) -> web.Response:
         try:
@@ -29,4 +32,5 @@ def add_cluster_routes(app: web.Application, membership: Membership, client: Nod
         return web.Response(status=204)
 
     app.router.add_get("/cluster/node", describe)
+    app.router.add_get("/cluster/ranks", ranks)
     app.router.add_post("/cluster/release", release)

@@ -1,5 +1,7 @@
 """What a prefill and a decode node have in common in their YAML. Names follow vLLM's flags where one exists."""
 
+from pathlib import Path
+
 import msgspec
 
 from api.settings import ApiSettings
@@ -45,6 +47,11 @@ class NodeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     @property
     def http_url(self) -> str:
         return f"http://{self.advertise_host or self.host}:{self.port}"
+
+    @property
+    def model_id(self) -> str:
+        """The name requests use: the first served name, else the checkpoint directory's."""
+        return (*self.api.served_model_name, Path(self.engine.model).resolve().name)[0]
 
     @property
     def id(self) -> str:

@@ -31,7 +31,7 @@ class EngineProcess:
         self.rank = address.rank
         self.stats: EngineStats | None = None
         self.on_message: Callable[[FromEngine], None] = lambda _: None
-        self.on_epoch: Callable[[EngineReady], None] = lambda _: None
+        self.on_epoch: Callable[[EpochChanged], None] = lambda _: None
         self._address = address
         self._process = ChildProcess(name, target, address, *args)
         self._channel: NodeChannel | None = None
@@ -108,7 +108,7 @@ class EngineProcess:
                 self._about = msgspec.structs.replace(
                     self._about, epoch=message.epoch, handoff_address=message.handoff_address
                 )
-                self.on_epoch(self._about)
+                self.on_epoch(message)
             case Drained():
                 if self._drained is not None and not self._drained.done():
                     self._drained.set_result(None)

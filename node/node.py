@@ -8,7 +8,6 @@ process dies the node fails its requests and exits, because its ranks step toget
 import asyncio
 import contextlib
 import logging
-import os
 import tempfile
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
@@ -25,12 +24,11 @@ from node.cluster_routes import add_cluster_routes
 from node.config import NodeConfig
 from node.engine_client import NodeEngineClient
 from node.engine_process import EngineProcess
-from node.membership import Join, Membership, RankAddress
+from node.membership import Membership, describe
 from node.metrics import NodeMetrics
 from node.worker import WorkerSpec, run_rank
 from runtime.channel import ChannelAddress
 from runtime.errors import ConfigError, ProcessDied
-from runtime.requests import EngineReady
 
 log = logging.getLogger(__name__)
 
@@ -59,32 +57,13 @@ async def engine_processes(config: NodeConfig, role: Role) -> AsyncIterator[list
             await asyncio.gather(*(engine.stop(config.transfer.stop_grace_s + 5.0) for engine in engines))
 
 
-def describe(config: NodeConfig, role: Role, model_id: str, ready: Sequence[EngineReady]) -> Join:
-    """What routers learn about this node."""
-    digests = {about.format_digest for about in ready}
-    if len(digests) != 1:
-        raise ConfigError(f"the ranks of {config.id} hold different state formats: {sorted(digests)}")
-    return Join(
-        node_id=config.id,
-        role=role,
-        http_url=config.http_url,
-        model_id=model_id,
-        format_digest=ready[0].format_digest,
-        format_summary=ready[0].format_summary,
-        max_model_len=min(about.max_model_len for about in ready),
-        ranks=tuple(
-            RankAddress(rank=about.rank, epoch=about.epoch, handoff_address=about.handoff_address) for about in ready
-        ),
-    )
-
-
 async def serve(config: NodeConfig, role: Role, stopping: asyncio.Event) -> None:
     """Run the node until `stopping`. Raises ProcessDied when an engine rank ended by itself."""
     model_config = ModelConfig.load(Path(config.engine.model))
     tokenizer = Tokenizer.load(config.engine.model)
     async with engine_processes(config, role) as engines:
         ready = [engine.about for engine in engines]
-        model_id = (config.api.served_model_name or (os.path.basename(os.path.abspath(config.engine.model)),))[0]
+        model_id = config.model_id
         info = EngineInfo(
             model_id=model_id,
             max_model_len=min(about.max_model_len for about in ready),
@@ -95,13 +74,18 @@ async def serve(config: NodeConfig, role: Role, stopping: asyncio.Event) -> None
         registry = CollectorRegistry()
         metrics = NodeMetrics(registry)
         client = NodeEngineClient(info, engines, metrics.on_handover)
-        membership = Membership(
-            config.membership, describe(config, role, model_id, ready), client.ranks, client.release
+        join = describe(
+            node_id=config.id,
+            role="prefill" if role == "prefill" else "decode",
+            http_url=config.http_url,
+            model_id=model_id,
+            ranks=ready,
+            local_prefill=role != "prefill",
+            version=info.version,
         )
+        membership = Membership(config.membership, join, client.ranks, client.release, client.health)
         for engine in engines:
-            engine.on_epoch = lambda _: membership.update(
-                describe(config, role, model_id, [engine.about for engine in engines])
-            )
+            engine.on_epoch = membership.epoch_changed
         app = build_app(client, tokenizer, config.api, registry)
         add_cluster_routes(app, membership, client)
         runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0)
@@ -119,7 +103,6 @@ async def serve(config: NodeConfig, role: Role, stopping: asyncio.Event) -> None
                 await _until_stop_or_death(client, engines, stopping)
                 membership.drain()
                 await _drain(config, client, engines)
-                await membership.leave()
                 joined.cancel()
         finally:
             await runner.cleanup()
