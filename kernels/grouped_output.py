@@ -1,0 +1,19 @@
+"""First half of the output projection, one low-rank block per group of heads.
+
+x [T, G, C], weight [G, R, C] -> [T, G R]. Bound by the read of the weight at decode.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kernels.row_linear import row_linear
+
+
+def grouped_output_ref(x_TGC: Tensor, weight_GRC: Tensor) -> Tensor:
+    return torch.cat([row_linear(x_TGC[:, group], weight) for group, weight in enumerate(weight_GRC)], -1)
+
+
+def grouped_output(x_TGC: Tensor, weight_GRC: Tensor) -> Tensor:
+    return grouped_output_ref(x_TGC, weight_GRC)

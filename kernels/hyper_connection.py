@@ -1,0 +1,152 @@
+"""Manifold-constrained hyper-connections: a layer reads a mix of S residual streams and writes back to all of them.
+
+T tokens, S streams (4), D hidden. streams [T, S, D] activation dtype; fn [(2 + S) S, S D], base and scale [(2 + S) S]
+float32 (the checkpoint's three scales, repeated S, S and S S times at load). All arithmetic in float32, one rounding at
+each output. Source: DeepSeek-V4's released program (mHC).
+
+    mix  = (v fn^T) * rsqrt(mean(v^2) + eps), v = streams flattened over S and D
+    a, b, c = mix * scale + base split at S and 2 S
+    pre  = sigmoid(a) + hc_eps              weights of the sublayer's input
+    post = 2 sigmoid(b)                     weights of the sublayer's output
+    comb = sinkhorn(c)   [S from, S to]     stream-to-stream weights, nearly doubly stochastic
+    input = norm(sum_i pre[i] streams[i]);  streams'[j] = post[j] output + sum_i comb[i, j] streams[i]
+
+Bound by memory: reads streams once for pre, reads and writes them once for post; fused, the second read goes away.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy
+import torch
+from torch import Tensor
+
+from kernels.rms_norm import rms_norm_ref
+from kernels.row_linear import row_linear
+
+
+class HyperWeights(NamedTuple):
+    """Parameters of one sublayer's connection, float32."""
+
+    fn: Tensor
+    base: Tensor
+    scale: Tensor
+
+
+class HyperSettings(NamedTuple):
+    """Constants of a model's connections."""
+
+    iterations: int
+    """Column normalisations of the Sinkhorn projection."""
+    hc_eps: float
+    norm_eps: float
+
+
+class Mix(NamedTuple):
+    """How a sublayer's output returns to the streams, float32."""
+
+    post_TS: Tensor
+    comb_TSS: Tensor
+
+
+def sinkhorn_ref(logits_TSS: Tensor, iterations: int, eps: float) -> Tensor:
+    """Row softmax, then alternating column and row normalisations; `iterations` column steps, the last step is one."""
+    m = logits_TSS.softmax(-1) + eps
+    m /= m.sum(-2, keepdim=True) + eps
+    for _ in range(iterations - 1):
+        m /= m.sum(-1, keepdim=True) + eps
+        m /= m.sum(-2, keepdim=True) + eps
+    return m
+
+
+def _sinkhorn_cpu(logits_TSS: Tensor, iterations: int, eps: float) -> Tensor:
+    """The same steps through NumPy, whose cost per call on a few numbers is a third of torch's: a decode step makes
+    some 120 of them per sublayer. Tokens are the innermost dimension, so a token's bits do not depend on the batch."""
+    m = logits_TSS.softmax(-1).permute(1, 2, 0).contiguous().numpy()  # [from, to, T]
+    epsilon = m.dtype.type(eps)
+    columns, rows = numpy.empty_like(m[:1]), numpy.empty_like(m[:, :1])
+    add, divide, total = numpy.add, numpy.divide, numpy.add.reduce
+    add(m, epsilon, m)
+    for step in range(iterations):
+        if step:
+            total(m, 1, out=rows, keepdims=True)
+            add(rows, epsilon, rows)
+            divide(m, rows, m)
+        total(m, 0, out=columns, keepdims=True)
+        add(columns, epsilon, columns)
+        divide(m, columns, m)
+    return torch.from_numpy(m).permute(2, 0, 1)
+
+
+def sinkhorn(logits_TSS: Tensor, iterations: int, eps: float) -> Tensor:
+    """float32 [T, S, S] -> float32 [T, S, S]."""
+    return (
+        sinkhorn_ref(logits_TSS, iterations, eps) if logits_TSS.is_cuda else _sinkhorn_cpu(logits_TSS, iterations, eps)
+    )
+
+
+def _project(streams: Tensor, fn: Tensor, eps: float) -> Tensor:
+    v = streams.flatten(1).float()
+    return row_linear(v, fn) * v.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+
+
+def _weighted_sum(weights_TS: Tensor, streams: Tensor) -> Tensor:
+    return (weights_TS[..., None] * streams.float()).sum(1).to(streams.dtype)
+
+
+def hyper_pre_ref(
+    streams: Tensor, weights: HyperWeights, norm_weight: Tensor, settings: HyperSettings
+) -> tuple[Tensor, Mix]:
+    """-> (normed sublayer input [T, D] activation dtype, how to write back)."""
+    num = streams.shape[1]
+    mix = torch.addcmul(weights.base, _project(streams, weights.fn, settings.norm_eps), weights.scale)
+    pre = mix[:, :num].sigmoid() + settings.hc_eps
+    post = 2 * mix[:, num : 2 * num].sigmoid()
+    comb = sinkhorn(mix[:, 2 * num :].unflatten(1, (num, num)), settings.iterations, settings.hc_eps)
+    return rms_norm_ref(_weighted_sum(pre, streams), norm_weight, settings.norm_eps), Mix(post, comb)
+
+
+def hyper_post_ref(output: Tensor, streams: Tensor, mix: Mix) -> Tensor:
+    """output [T, D], streams [T, S, D] -> streams [T, S, D]."""
+    wide = streams.float()
+    result = mix.post_TS[..., None] * output.float()[:, None]
+    for source in range(streams.shape[1]):
+        result += mix.comb_TSS[:, source, :, None] * wide[:, source, None]
+    return result.to(streams.dtype)
+
+
+def hyper_head_ref(streams: Tensor, weights: HyperWeights, settings: HyperSettings) -> Tensor:
+    """Collapses the streams before the final norm: fn [S, S D], base [S], scale [1] -> [T, D] activation dtype."""
+    mix = _project(streams, weights.fn, settings.norm_eps) * weights.scale + weights.base
+    return _weighted_sum(mix.sigmoid() + settings.hc_eps, streams)
+
+
+def hyper_pre(
+    streams: Tensor, weights: HyperWeights, norm_weight: Tensor, settings: HyperSettings
+) -> tuple[Tensor, Mix]:
+    return hyper_pre_ref(streams, weights, norm_weight, settings)
+
+
+def hyper_post(output: Tensor, streams: Tensor, mix: Mix) -> Tensor:
+    return hyper_post_ref(output, streams, mix)
+
+
+def hyper_post_pre(
+    output: Tensor,
+    streams: Tensor,
+    mix: Mix,
+    weights: HyperWeights,
+    norm_weight: Tensor,
+    settings: HyperSettings,
+) -> tuple[Tensor, Tensor, Mix]:
+    """The seam between two sublayers: writes one's output back and reads the next one's input.
+
+    -> (streams, normed input, mix of the next sublayer)."""
+    streams = hyper_post(output, streams, mix)
+    inputs, following = hyper_pre(streams, weights, norm_weight, settings)
+    return streams, inputs, following
+
+
+def hyper_head(streams: Tensor, weights: HyperWeights, settings: HyperSettings) -> Tensor:
+    return hyper_head_ref(streams, weights, settings)

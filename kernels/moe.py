@@ -1,0 +1,119 @@
+"""Mixture of experts: routing by score or by token id, and the routed experts' SwiGLU.
+
+T tokens, D hidden, E experts, I expert width, K experts a token. Routing in float32: score = sqrt(softplus(x gate^T)),
+softplus as log1p(exp(g)) up to g = 20 and g above; taken are the K largest of score + bias (ties to the lower expert)
+or the token's fixed experts; weights = score / sum of scores * scale, without the bias.
+Expert: a = min(x w1^T, limit), u = clamp(x w3^T, -limit, limit), y = (silu(a) u weight) w2^T; the sum over a token's
+experts is float32. Source: DeepSeek-V4's released program. Bound by the reads of expert weights at decode.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from kernels.quantize import dequantize_fp4, simulate_fp8
+from kernels.row_linear import row_linear
+
+ACTIVATION_BLOCK = 128
+WEIGHT_GROUP = 32
+
+
+class ExpertWeights(NamedTuple):
+    """Experts [first, first + E) in the activation dtype, or packed FP4 with scales (uint8, K / 2 bytes a row)."""
+
+    first: int
+    w13: Tensor
+    """[E, 2 I, D]: gate rows, then up rows."""
+    w2: Tensor
+    """[E, D, I]."""
+    w13_scale: Tensor | None = None
+    """uint8 E8M0 [E, 2 I, D / 32]."""
+    w2_scale: Tensor | None = None
+    """uint8 E8M0 [E, D, I / 32]."""
+
+
+def _scores(x_TD: Tensor, gate_ED: Tensor) -> Tensor:
+    logits = row_linear(x_TD.float(), gate_ED)
+    return torch.where(logits > 20, logits, logits.exp().log1p()).sqrt()
+
+
+def _weights(scores_TE: Tensor, experts_TK: Tensor, scale: float) -> Tensor:
+    picked = scores_TE.gather(1, experts_TK)
+    return picked / (picked.sum(-1, keepdim=True) + 1e-20) * scale
+
+
+def route_by_score_ref(x_TD: Tensor, gate_ED: Tensor, bias_E: Tensor, topk: int, scale: float) -> tuple[Tensor, Tensor]:
+    scores = _scores(x_TD, gate_ED)
+    experts = (scores + bias_E).sort(dim=-1, descending=True, stable=True).indices[:, :topk]
+    return experts, _weights(scores, experts, scale)
+
+
+def route_by_token_ref(
+    x_TD: Tensor, gate_ED: Tensor, experts_VK: Tensor, token_ids_T: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    experts = experts_VK[token_ids_T].long()
+    return experts, _weights(_scores(x_TD, gate_ED), experts, scale)
+
+
+def swiglu_ref(gate: Tensor, up: Tensor, limit: float) -> Tensor:
+    """Clamped SwiGLU in float32, [..., I]."""
+    return functional.silu(gate.float().clamp(max=limit)) * up.float().clamp(-limit, limit)
+
+
+def _matrix(packed: Tensor, scale: Tensor | None, expert: int, dtype: torch.dtype) -> Tensor:
+    if scale is None:
+        return packed[expert]
+    return dequantize_fp4(packed[expert], scale[expert], WEIGHT_GROUP).to(dtype)
+
+
+def routed_experts_ref(
+    x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, local: ExpertWeights, *, limit: float, simulate: bool
+) -> Tensor:
+    output = torch.zeros(x_TD.shape, dtype=torch.float32, device=x_TD.device)
+    first, num_local, topk = local.first, local.w13.shape[0], experts_TK.shape[1]
+    order = experts_TK.flatten().sort(stable=True)
+    counts = torch.bincount(order.values, minlength=first + num_local).tolist()
+    inputs = simulate_fp8(x_TD, ACTIVATION_BLOCK) if simulate else x_TD
+    token = order.indices // topk
+    weight = weights_TK.flatten()[order.indices, None]
+    start = sum(counts[:first])
+    for expert, count in enumerate(counts[first : first + num_local]):
+        if not count:
+            continue
+        rows = token[start : start + count]
+        gate, up = row_linear(inputs[rows], _matrix(local.w13, local.w13_scale, expert, x_TD.dtype)).chunk(2, -1)
+        hidden = (swiglu_ref(gate, up, limit) * weight[start : start + count]).to(x_TD.dtype)
+        if simulate:
+            hidden = simulate_fp8(hidden, ACTIVATION_BLOCK)
+        output.index_add_(0, rows, row_linear(hidden, _matrix(local.w2, local.w2_scale, expert, x_TD.dtype)).float())
+        start += count
+    return output
+
+
+def route_by_score(x_TD: Tensor, gate_ED: Tensor, bias_E: Tensor, topk: int, scale: float) -> tuple[Tensor, Tensor]:
+    """-> experts int64 [T, K], weights float32 [T, K]."""
+    return route_by_score_ref(x_TD, gate_ED, bias_E, topk, scale)
+
+
+def route_by_token(
+    x_TD: Tensor, gate_ED: Tensor, experts_VK: Tensor, token_ids_T: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """experts_VK int [V, K]: the fixed experts of each token id. -> as route_by_score."""
+    return route_by_token_ref(x_TD, gate_ED, experts_VK, token_ids_T, scale)
+
+
+def swiglu(gate: Tensor, up: Tensor, limit: float) -> Tensor:
+    return swiglu_ref(gate, up, limit)
+
+
+def routed_experts(
+    x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, local: ExpertWeights, *, limit: float, simulate: bool
+) -> Tensor:
+    """Sum over the local experts of those each token chose: float32 [T, D].
+
+    `simulate` rounds the inputs of both products to e4m3 in blocks of 128, as the released program does."""
+    return routed_experts_ref(x_TD, experts_TK, weights_TK, local, limit=limit, simulate=simulate)

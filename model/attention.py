@@ -1,0 +1,97 @@
+"""One attention sublayer of any kind: window only, with indexed entries (CSA), or with all entries (HCA)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from kernels.grouped_output import grouped_output
+from kernels.indexer import all_entries
+from kernels.packed_rows import PackedRows, store_rows
+from kernels.rms_norm import rms_norm
+from kernels.rope import rope
+from kernels.sparse_attention import sparse_attention
+from kernels.window_ring import insert_window
+from model.compressor import OverlapCompressor, PendingCompressor
+from model.config import ModelConfig
+from model.context import ForwardContext
+from model.indexer import Indexer
+from model.linear import Linear, Numerics, Weight, WeightHolder
+from model.state import LayerState
+
+
+class Attention:
+    """Multi-query attention over one shared key-value vector per token, with a low-rank grouped output."""
+
+    def __init__(self, config: ModelConfig, layer: int, frequencies: Tensor, numerics: Numerics) -> None:
+        self._config, self._frequencies = config, frequencies
+        self._ratio = config.compress_ratios[layer]
+        self._scale = config.head_dim**-0.5
+        self.wq_a, self.wq_b, self.wkv, self.wo_b = (Linear(numerics) for _ in range(4))
+        self.wo_a = Weight(numerics.dtype, numerics)  # the released program multiplies this one unquantised
+        self.q_norm, self.kv_norm, self.attn_sink = (Weight(torch.float32, numerics) for _ in range(3))
+        kind, eps = config.layer_kind(layer), config.rms_norm_eps
+        self.indexer = Indexer(config, frequencies, numerics) if kind == "csa" else None
+        self.overlap_compressor = OverlapCompressor(frequencies, eps, numerics) if kind == "csa" else None
+        self.pending_compressor = PendingCompressor(frequencies, eps, numerics) if kind == "hca" else None
+
+    def holders(self, prefix: str) -> Iterator[tuple[str, WeightHolder]]:
+        for name in ("wq_a", "wq_b", "wkv", "wo_a", "wo_b", "q_norm", "kv_norm"):
+            yield f"{prefix}.{name}.weight", getattr(self, name)
+        yield f"{prefix}.attn_sink", self.attn_sink
+        compressor = self.overlap_compressor or self.pending_compressor
+        if compressor is not None:
+            yield from compressor.holders(f"{prefix}.compressor")
+        if self.indexer is not None:
+            yield from self.indexer.holders(f"{prefix}.indexer")
+
+    def __call__(self, x_TD: Tensor, state: LayerState, context: ForwardContext) -> Tensor:
+        config, index = self._config, context.index
+        angles = context.angles(self._frequencies)
+        latent = rms_norm(self.wq_a(x_TD), self.q_norm.value, config.rms_norm_eps)
+        query = self.wq_b(latent).unflatten(-1, (config.num_attention_heads, config.head_dim))
+        query = rope(rms_norm(query, None, config.rms_norm_eps), *angles)
+        row = rope(rms_norm(self.wkv(x_TD), self.kv_norm.value, config.rms_norm_eps), *angles)
+        chunk = self._pack(row, state.window, context)
+
+        # An entry closed by a token of this pass is visible to that token: state first, then attention.
+        selected = self._compress(x_TD, latent, state, context)
+        output = sparse_attention(
+            query, chunk, state.window, self.attn_sink.value, index, self._scale, state.entries, selected, self._ratio
+        )
+        # A chunk longer than the window would overwrite rows that its own first tokens still read.
+        insert_window(chunk, state.window, index)
+        output = rope(output, *angles, inverse=True)
+        groups = self.wo_a.value.unflatten(0, (config.o_groups, config.o_lora_rank))
+        return self.wo_b(grouped_output(output.reshape(-1, config.o_groups, groups.shape[2]), groups))
+
+    @staticmethod
+    def _pack(row_TD: Tensor, window: PackedRows, context: ForwardContext) -> PackedRows:
+        """The new rows in the packed format in which later tokens will find them."""
+        count = row_TD.shape[0]
+        chunk = window.like(count)
+        page, row = context.index.cached(
+            "chunk_rows",
+            lambda: (
+                torch.zeros(count, dtype=torch.int64, device=row_TD.device),
+                torch.arange(count, device=row_TD.device),
+            ),
+        )
+        store_rows(chunk, page, row, row_TD, simulate=context.simulate)
+        return chunk
+
+    def _compress(self, x_TD: Tensor, latent_TR: Tensor, state: LayerState, context: ForwardContext) -> Tensor | None:
+        """Advances the layer's compressed state; -> the entries each token attends to."""
+        if self.overlap_compressor is not None and self.indexer is not None:
+            assert state.compressor is not None
+            assert state.entries is not None
+            self.overlap_compressor(x_TD, state.compressor, state.entries, context)
+            return self.indexer(x_TD, latent_TR, state, context)
+        if self.pending_compressor is not None:
+            assert state.pending is not None
+            assert state.entries is not None
+            self.pending_compressor(x_TD, state.pending, state.entries, context)
+            return all_entries(context.index, self._ratio)
+        return None

@@ -1,0 +1,26 @@
+"""What all layers of one forward pass share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kernels.batch_index import BatchIndex
+from kernels.rope import rope_angles
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ForwardContext:
+    """One pass over a batch."""
+
+    token_ids: Tensor
+    index: BatchIndex
+    dtype: torch.dtype
+    simulate: bool
+
+    def angles(self, frequencies: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin [T, R / 2] of the new tokens; `frequencies` is one of the model's few tables."""
+        key = ("token_angles", frequencies.data_ptr())
+        return self.index.cached(key, lambda: rope_angles(self.index.positions_T, frequencies))

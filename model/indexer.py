@@ -1,0 +1,45 @@
+"""The lightning indexer of a CSA layer: keeps its keys up to date and picks the entries each token attends to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor
+
+from kernels.hadamard import hadamard
+from kernels.indexer import select_entries
+from kernels.packed_rows import simulate_row
+from kernels.rope import rope
+from kernels.row_linear import row_linear
+from model.compressor import OverlapCompressor
+from model.config import CSA_RATIO, ModelConfig
+from model.context import ForwardContext
+from model.linear import Linear, Numerics, Weight, WeightHolder
+from model.state import LayerState
+
+
+class Indexer:
+    """Queries come from the attention's query latent, head weights and keys from the sublayer's input."""
+
+    def __init__(self, config: ModelConfig, frequencies: Tensor, numerics: Numerics) -> None:
+        self._frequencies = frequencies
+        self._heads, self._dim, self._topk = config.index_n_heads, config.index_head_dim, config.index_topk
+        self.wq_b = Linear(numerics)
+        self.weights_proj = Weight(numerics.dtype, numerics)
+        self.compressor = OverlapCompressor(frequencies, config.rms_norm_eps, numerics)
+
+    def holders(self, prefix: str) -> Iterator[tuple[str, WeightHolder]]:
+        yield f"{prefix}.wq_b.weight", self.wq_b
+        yield f"{prefix}.weights_proj.weight", self.weights_proj
+        yield from self.compressor.holders(f"{prefix}.compressor")
+
+    def __call__(self, x_TD: Tensor, latent_TR: Tensor, state: LayerState, context: ForwardContext) -> Tensor:
+        """-> int32 [T, K]: entries per token, -1 = none."""
+        assert state.index_keys is not None
+        assert state.index_compressor is not None
+        self.compressor(x_TD, state.index_compressor, state.index_keys, context)
+        query = rope(self.wq_b(latent_TR).unflatten(-1, (self._heads, self._dim)), *context.angles(self._frequencies))
+        if context.simulate:
+            query = simulate_row(state.index_keys, hadamard(query))
+        weights = row_linear(x_TD, self.weights_proj.value).float() * (self._dim * self._heads) ** -0.5
+        return select_entries(query, weights, state.index_keys, context.index, CSA_RATIO, self._topk)
