@@ -31,7 +31,8 @@ log = logging.getLogger("up")
 class ProcessConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     name: str
     module: str
-    config: Path
+    config: str
+    """Relative to the cluster's own file."""
     set: tuple[str, ...] = ()
     """Overrides, as for `--set`."""
 
