@@ -1,0 +1,35 @@
+"""A lease as its reader sees it: counted from before the question was sent, so it always ends before the giver's.
+
+Prefill starts the lease when it *receives* message number `ask` and answers with that number. The answer may be late,
+reordered or lost: the reader looks up when it sent `ask` and adds the seconds. Both sides only need clocks that run at
+the same rate; no time of day ever crosses.
+"""
+
+
+class ReaderLease:
+    """Times are the caller's monotonic clock, in seconds."""
+
+    def __init__(self, margin_s: float) -> None:
+        self._margin_s = margin_s
+        self._asked: dict[int, float] = {}
+        self._last_ask = 0
+        self.end: float | None = None
+        """What is read until then is valid; None before the first grant."""
+
+    def ask(self, now: float) -> int:
+        """The number for the next message, which is about to be sent."""
+        self._last_ask += 1
+        self._asked[self._last_ask] = now
+        return self._last_ask
+
+    def grant(self, ask: int, seconds: float) -> None:
+        """The peer answered `ask`. Unknown and outdated numbers are ignored."""
+        asked = self._asked.get(ask)
+        if asked is None:
+            return
+        self._asked = {number: at for number, at in self._asked.items() if number >= ask}
+        end = asked + seconds - self._margin_s
+        self.end = end if self.end is None else max(self.end, end)
+
+    def covers(self, moment: float) -> bool:
+        return self.end is not None and moment <= self.end

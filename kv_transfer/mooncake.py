@@ -1,0 +1,225 @@
+"""The only file that knows Mooncake. One object is one transfer engine: it reads peers' memory into ours.
+
+What this wraps, and why it looks the way it does:
+* Mooncake is configured by environment variables that it reads when it is imported, so they are set first, and those
+  that would break its guarantees are refused when an operator set them.
+* One contiguous block per id, polled without blocking, is the form whose end is certain: a terminal id means that
+  nothing of that read will touch memory again. Sync and batch calls may return while I/O goes on.
+* Id 0 is how a submit reports failure; passing it on would crash the process. Ids are freed when terminal.
+* The protocol argument does not choose the transport. What was chosen is read back from the engine's own descriptor.
+* First contact with a peer may block for seconds inside a lock that all submits share: see `Reader`.
+* Destroying an engine takes about a second with the GIL held, and ends every read for good.
+"""
+
+import importlib.metadata
+import json
+import logging
+import os
+import socket
+import struct
+from enum import Enum
+from typing import Any
+
+from kv_transfer.config import TransferConfig
+from kv_transfer.pieces import Piece
+from kv_transfer.regions import MemoryRegion
+from runtime.errors import ConfigError, TransferError
+
+log = logging.getLogger(__name__)
+
+_PACKAGES = ("mooncake-transfer-engine-cuda13", "mooncake-transfer-engine", "mooncake-transfer-engine-non-cuda")
+_PROTOCOLS = {"tcp": "tcp", "rdma": "rdma", "intra_node": "nvlink_intra"}
+"""transport -> what the engine's descriptor says."""
+_FORBIDDEN = ("MC_TCP_PROTO", "MC_TCP_ENABLE_CONNECTION_POOL", "MC_DISABLE_METACACHE", "MC_FORCE_SHM", "MC_USE_TENT")
+"""Completion before arrival; dozens of times slower; transfers that always fail; not compiled in."""
+_SET_BY_US = "TANDEM_TRANSFER_ENVIRONMENT"
+"""Names of the variables a Tandem process set, so that its children do not take them for an operator's."""
+_DESCRIPTOR_TYPE = 1
+_MAX_DESCRIPTOR_BYTES = 1 << 20
+
+
+class ReadState(Enum):
+    PENDING = "pending"
+    DONE = "done"
+    FAILED = "failed"
+
+
+def environment(config: TransferConfig) -> dict[str, str]:
+    """The variables Mooncake is run with."""
+    low, high = config.port_range
+    settings: dict[str, str] = {
+        "MC_LOG_LEVEL": "ERROR",
+        "MC_MIN_RPC_PORT": str(low),
+        "MC_MAX_RPC_PORT": str(high),
+        # The default bound of the queue wedges the peer for good when it is passed.
+        "MC_TCP_MAX_QUEUED_TRANSFERS_PER_PEER": "65535",
+        "MC_TCP_LANES_PER_PEER": str(config.lanes_per_peer),
+        # A stalled connection is given up well before our own deadline, and that before the engine's backstop.
+        "MC_TCP_PROGRESS_TIMEOUT_SEC": str(max(1, int(config.read_deadline_s / 2))),
+        "MC_TCP_STATUS_TIMEOUT_SEC": str(max(1, int(config.read_deadline_s / 2))),
+        "MC_HANDSHAKE_CONNECT_TIMEOUT": str(max(1, int(config.connect_timeout_s / 2))),
+        "MC_TRANSFER_TIMEOUT": str(max(120, int(4 * config.read_deadline_s))),
+    }
+    match config.transport:
+        case "tcp":
+            settings["MC_FORCE_TCP"] = "1"
+        case "rdma":
+            settings["MC_FORCE_HCA"] = "1"
+            settings |= _rdma_environment(config)
+        case "intra_node":
+            settings["MC_INTRANODE_NVLINK"] = "1"
+    return settings
+
+
+def _rdma_environment(config: TransferConfig) -> dict[str, str]:
+    rdma = config.rdma
+    values = {
+        "MC_IB_PORT": rdma.ib_port,
+        "MC_GID_INDEX": rdma.gid_index,
+        "MC_PKEY_INDEX": rdma.pkey_index,
+        "MC_MTU": rdma.mtu,
+        "MC_IB_TC": rdma.traffic_class,
+        "MC_IB_SL": rdma.service_level,
+        "MC_NUM_QP_PER_EP": rdma.num_qp_per_endpoint,
+        "MC_WORKERS_PER_CTX": rdma.workers_per_context,
+        "MC_SLICE_SIZE": rdma.slice_bytes,
+        "MC_MAX_WR": rdma.max_work_requests,
+        "MC_RETRY_CNT": rdma.retry_count,
+        "MC_IB_PCI_RELAXED_ORDERING": rdma.relaxed_ordering,
+        "MC_RDMA_BIND_ADDRESS": rdma.bind_address,
+        "MC_CUSTOM_TOPO_JSON": rdma.topology_file,
+        "MC_NIC_PEER_AFFINITY": rdma.peer_affinity,
+        "WITH_NVIDIA_PEERMEM": 1 if rdma.nvidia_peermem else None,
+    }
+    return {name: str(value) for name, value in values.items() if value is not None}
+
+
+def apply_environment(config: TransferConfig, environ: dict[str, str] | os._Environ[str] = os.environ) -> None:
+    """Set Mooncake's variables before it is imported. ConfigError names every variable an operator must not set."""
+    ours = set(environ.get(_SET_BY_US, "").split(","))
+    settings = environment(config)
+    transports = {"MC_FORCE_TCP", "MC_FORCE_HCA", "MC_INTRANODE_NVLINK", "MC_FORCE_MNNVL"} - settings.keys()
+    for name in sorted({*_FORBIDDEN, *transports}):
+        if name in environ:
+            if name not in ours:
+                raise ConfigError(f"{name}={environ[name]} must not be set (transport={config.transport})")
+            del environ[name]
+    for name, value in settings.items():
+        if name not in ours and environ.get(name, value) != value:
+            raise ConfigError(f"{name}={environ[name]} is set in the environment: the `transfer` section says {value}")
+    environ.update(settings)
+    environ[_SET_BY_US] = ",".join(sorted(settings))
+
+
+_environment_in_use: dict[str, str] = {}
+
+
+def _load(config: TransferConfig) -> Any:
+    """Import the extension with its environment in place; later engines of this process must want the same one."""
+    wanted = environment(config)
+    if not _environment_in_use:
+        apply_environment(config)
+        _environment_in_use.update(wanted)
+    elif differing := sorted(k for k, v in wanted.items() if _environment_in_use.get(k) != v):
+        raise ConfigError(f"this process already runs a transfer engine with other settings: {', '.join(differing)}")
+    try:
+        import mooncake.engine
+    except ImportError as error:
+        raise ConfigError(
+            f"Mooncake cannot be imported: {error}. It needs the system packages libibverbs1, libnuma1 and libcurl4 "
+            f"(GPU wheels also ibverbs-providers and the CUDA runtime)"
+        ) from None
+    return mooncake.engine
+
+
+def engine_version() -> str:
+    """Name and version of the installed wheel."""
+    for package in _PACKAGES:
+        try:
+            return f"{package} {importlib.metadata.version(package)}"
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return "unknown"
+
+
+class MooncakeEngine:
+    """One transfer engine with its registered regions. Every method but `probe` and `submit` returns at once."""
+
+    def __init__(self, config: TransferConfig, regions: tuple[MemoryRegion, ...]) -> None:
+        """Raises ConfigError when the engine, a registration or the transport is not what the config asks for."""
+        module = _load(config)
+        self._engine: Any = module.TransferEngine()
+        protocol = _PROTOCOLS[config.transport]
+        if self._engine.initialize(config.host, "P2PHANDSHAKE", protocol, ",".join(config.devices)) != 0:
+            raise ConfigError(
+                f"transport={config.transport}: the transfer engine did not start "
+                f"(devices {', '.join(config.devices) or 'any'}, ports {config.port_range[0]}-{config.port_range[1]})"
+            )
+        port = self._engine.get_rpc_port()
+        self.session_id = f"{config.host}:{port}"
+        status = self._engine.batch_register_memory(
+            [region.base_address for region in regions], [region.num_bytes for region in regions]
+        )
+        if status != 0:
+            raise ConfigError(f"registering {sum(r.num_bytes for r in regions)} bytes for transfer failed: {status}")
+        descriptor = read_descriptor(port, config.connect_timeout_s)
+        if descriptor.get("protocol") != protocol:
+            raise ConfigError(
+                f"transport={config.transport} is configured, but the transfer engine chose "
+                f"{descriptor.get('protocol')!r}"
+            )
+        log.info("transfer engine %s: %s over %s", self.session_id, engine_version(), config.transport)
+
+    def probe(self, session_id: str) -> bool:
+        """Whether the peer's handshake listener answers. May block for a minute: helper threads only."""
+        return bool(self._engine.send_probe(session_id) == 0)
+
+    def submit(self, session_id: str, piece: Piece) -> int:
+        """Start one read and return its id. TransferError if the engine does not take it.
+
+        The first submit to a session connects to it, which may block: see `Reader`.
+        """
+        read_id = self._engine.batch_transfer_async_read(session_id, [piece.local], [piece.remote], [piece.num_bytes])
+        if read_id == 0:
+            raise TransferError(f"the transfer engine refused a read of {piece.num_bytes} bytes from {session_id}")
+        return int(read_id)
+
+    def poll(self, read_id: int) -> ReadState:
+        """The state of a read. Once it is not PENDING the id is gone and must not be used again."""
+        status = self._engine.transfer_check_status(read_id)
+        if status == 1:
+            return ReadState.DONE
+        # -2 says that the engine's own patience ended, not that the read did: the id stays pending.
+        return ReadState.PENDING if status in (0, -2) else ReadState.FAILED
+
+    def close(self) -> None:
+        """Destroy the engine: no read into our memory, and none from it, goes on afterwards. About a second."""
+        self._engine = None
+
+
+def read_descriptor(port: int, timeout_s: float) -> dict[str, Any]:
+    """What the local engine on `port` tells every peer: its regions and the protocol it really uses.
+
+    The listener frames a message as 8 bytes little-endian length, one type byte (counted in the length), and JSON.
+    """
+    with socket.create_connection(("127.0.0.1", port), timeout=timeout_s) as connection:
+        body = b"{}"
+        connection.sendall(struct.pack("<QB", len(body) + 1, _DESCRIPTOR_TYPE) + body)
+        header = _receive(connection, 9)
+        num_bytes = struct.unpack("<QB", header)[0] - 1
+        if not 0 < num_bytes <= _MAX_DESCRIPTOR_BYTES:
+            raise ConfigError(f"the transfer engine's descriptor has {num_bytes} bytes")
+        descriptor = json.loads(_receive(connection, num_bytes))
+    if not isinstance(descriptor, dict):
+        raise ConfigError(f"the transfer engine's descriptor is a {type(descriptor).__name__}")
+    return descriptor
+
+
+def _receive(connection: socket.socket, num_bytes: int) -> bytes:
+    chunks = bytearray()
+    while len(chunks) < num_bytes:
+        chunk = connection.recv(num_bytes - len(chunks))
+        if not chunk:
+            raise ConfigError("the transfer engine closed its handshake port while describing itself")
+        chunks += chunk
+    return bytes(chunks)

@@ -1,0 +1,251 @@
+"""Reads from peers: a bounded window of single-block reads, oldest polled first, groups that end exactly once.
+
+A group is what one announcement started. It ends when none of its reads is queued or in flight: from then on nothing
+of it touches memory. Dropping a group only stops what was not submitted yet.
+"""
+
+import logging
+from collections import deque
+from collections.abc import Callable, Iterable
+
+from kv_transfer.mooncake import MooncakeEngine, ReadState
+from kv_transfer.pieces import Piece
+from kv_transfer.stats import TransferCounters
+from kv_transfer.threads import DaemonThreads
+from runtime.errors import TransferError
+
+log = logging.getLogger(__name__)
+
+
+class ReadGroup:
+    """Reads from one session that succeed or fail together. Times are the reader's clock, seconds."""
+
+    def __init__(self, session_id: str, pieces: Iterable[Piece], on_end: Callable[["ReadGroup"], None]) -> None:
+        self.session_id = session_id
+        self.queued = deque(pieces)
+        self.num_bytes = sum(piece.num_bytes for piece in self.queued)
+        self.on_end = on_end
+        self.in_flight = 0
+        self.failure: str | None = None
+        self.started: float | None = None
+        self.progress: float | None = None
+        """When a read of it last ended."""
+
+    def drop(self) -> None:
+        """Submit nothing more of it."""
+        if self.queued:
+            self.failure = self.failure or "dropped"
+            self.queued.clear()
+
+    @property
+    def over(self) -> bool:
+        return not self.queued and not self.in_flight
+
+
+class _Read:
+    __slots__ = ("group", "piece", "read_id", "submitted")
+
+    def __init__(self, read_id: int, group: ReadGroup, piece: Piece, submitted: float) -> None:
+        self.read_id = read_id
+        self.group = group
+        self.piece = piece
+        self.submitted = submitted
+
+
+class _Session:
+    """A peer's engine. Until the first submit returned it is closed; nobody else submits meanwhile."""
+
+    def __init__(self) -> None:
+        self.groups: deque[ReadGroup] = deque()
+        self.reads: deque[_Read] = deque()
+        self.open = False
+        self.failures = 0
+        """Reads that failed since the last that did not."""
+        self.forgotten = False
+
+    @property
+    def idle(self) -> bool:
+        return not self.groups and not self.reads
+
+
+class Reader:
+    """The one owner of read ids. Call `pump` while `busy`."""
+
+    def __init__(
+        self,
+        engine: MooncakeEngine,
+        *,
+        window: int,
+        clock: Callable[[], float],
+        threads: DaemonThreads,
+        counters: TransferCounters,
+        wake: Callable[[], None],
+    ) -> None:
+        self._engine = engine
+        self._window = window
+        self._clock = clock
+        self._threads = threads
+        self._counters = counters
+        self._wake = wake
+        self._sessions: dict[str, _Session] = {}
+        self._groups: set[ReadGroup] = set()
+        self._in_flight = 0
+        self._opening: _Read | None = None
+
+    def start(self, group: ReadGroup) -> None:
+        session = self._sessions.setdefault(group.session_id, _Session())
+        session.forgotten = False
+        session.groups.append(group)
+        self._groups.add(group)
+        self._wake()
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._groups)
+
+    @property
+    def num_in_flight(self) -> int:
+        return self._in_flight
+
+    @property
+    def oldest_submitted(self) -> float | None:
+        """When the oldest unfinished read was submitted."""
+        times = [session.reads[0].submitted for session in self._sessions.values() if session.reads]
+        if self._opening is not None:
+            times.append(self._opening.submitted)
+        return min(times, default=None)
+
+    def failing_sessions(self, failures: int) -> list[str]:
+        """Sessions whose last `failures` reads or more all failed."""
+        return [session_id for session_id, session in self._sessions.items() if session.failures >= failures]
+
+    def forget(self, session_id: str) -> None:
+        """The peer is gone: drop what is known of its session once nothing of it is in flight."""
+        session = self._sessions.get(session_id)
+        if session is not None:
+            session.forgotten = True
+            if session.idle:
+                del self._sessions[session_id]
+
+    def pump(self) -> bool:
+        """Collect what ended, submit what fits. True if anything moved."""
+        ended = self._poll()
+        submitted = self._submit()
+        self._finish_groups()
+        return ended or submitted
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError when reads and groups do not add up."""
+        per_group: dict[ReadGroup, int] = {}
+        for session in self._sessions.values():
+            for read in session.reads:
+                per_group[read.group] = per_group.get(read.group, 0) + 1
+        if self._opening is not None:
+            per_group[self._opening.group] = per_group.get(self._opening.group, 0) + 1
+        assert sum(per_group.values()) == self._in_flight, f"{self._in_flight} reads counted, found {per_group}"
+        for group in self._groups | per_group.keys():
+            assert group in self._groups, f"a read of {group.session_id} is in flight for a group that ended"
+            assert group.in_flight == per_group.get(group, 0), f"a group counts {group.in_flight} reads in flight"
+
+    def _poll(self) -> bool:
+        moved = False
+        for session in self._sessions.values():
+            while session.reads:
+                state = self._engine.poll(session.reads[0].read_id)
+                if state is ReadState.PENDING:
+                    break
+                self._end(session, session.reads.popleft(), state)
+                moved = True
+        return moved
+
+    def _end(self, session: _Session, read: _Read, state: ReadState) -> None:
+        self._in_flight -= 1
+        group = read.group
+        group.in_flight -= 1
+        group.progress = self._clock()
+        if state is ReadState.DONE:
+            session.failures = 0
+            self._counters.reads_done += 1
+            self._counters.bytes_received += read.piece.num_bytes
+        else:
+            session.failures += 1
+            self._counters.reads_failed += 1
+            self._fail(group, f"a read of {read.piece.num_bytes} bytes from {group.session_id} failed")
+
+    def _fail(self, group: ReadGroup, reason: str) -> None:
+        group.failure = group.failure or reason
+        group.queued.clear()
+
+    def _submit(self) -> bool:
+        moved = False
+        while self._in_flight < self._window and self._opening is None:
+            before = self._in_flight
+            for session_id, session in self._sessions.items():
+                group = next((group for group in session.groups if group.queued), None)
+                if group is None or self._in_flight >= self._window:
+                    continue
+                self._submit_one(session_id, session, group)
+                moved = True
+                if self._opening is not None:
+                    return True
+            if self._in_flight == before:
+                break
+        return moved
+
+    def _submit_one(self, session_id: str, session: _Session, group: ReadGroup) -> None:
+        piece = group.queued.popleft()
+        now = self._clock()
+        group.started = now if group.started is None else group.started
+        self._counters.reads_submitted += 1
+        if not session.open:
+            self._open(session, group, piece)
+            return
+        try:
+            read_id = self._engine.submit(session_id, piece)
+        except TransferError as error:
+            self._refused(session, group, error)
+            return
+        self._add(session, _Read(read_id, group, piece, now))
+
+    def _add(self, session: _Session, read: _Read) -> None:
+        session.reads.append(read)
+        read.group.in_flight += 1
+        self._in_flight += 1
+
+    def _refused(self, session: _Session, group: ReadGroup, error: Exception) -> None:
+        session.failures += 1
+        self._counters.reads_failed += 1
+        self._fail(group, str(error))
+
+    def _open(self, session: _Session, group: ReadGroup, piece: Piece) -> None:
+        """The first submit connects, and may block while holding a lock that every submit needs: off this thread."""
+        read = _Read(0, group, piece, self._clock())
+        self._opening = read
+        group.in_flight += 1
+        self._in_flight += 1
+        future = self._threads.run(lambda: self._engine.submit(group.session_id, piece), "first-contact")
+        future.add_done_callback(lambda done: self._opened(session, read, done.exception(), done))
+
+    def _opened(self, session: _Session, read: _Read, error: BaseException | None, future: object) -> None:
+        self._opening = None
+        read.group.in_flight -= 1
+        self._in_flight -= 1
+        if error is not None:
+            self._refused(session, read.group, TransferError(str(error)))
+        else:
+            session.open = True
+            read.read_id = future.result()  # type: ignore[attr-defined]
+            self._add(session, read)
+        self._wake()
+
+    def _finish_groups(self) -> None:
+        for session_id, session in list(self._sessions.items()):
+            over = [group for group in session.groups if group.over]
+            if not over:
+                continue
+            session.groups = deque(group for group in session.groups if not group.over)
+            for group in over:
+                self._groups.discard(group)
+                group.on_end(group)
+            if session.forgotten and session.idle:
+                del self._sessions[session_id]
