@@ -1,1 +1,1 @@
-"""What one GPU does all day: pages, slots, scheduling, batches, forward passes, sampling. Token ids in, token ids out."""
+"""What one GPU does all day: pages, slots, scheduling, batches, forward, sampling. Token ids in and out."""

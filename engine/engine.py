@@ -1,0 +1,551 @@
+"""The step loop of one rank: requests in, tokens out, one forward pass per step.
+
+    submit ─► waiting ─► scheduler ─► batch ─► forward + sample ─► tokens ─► outbox
+                 ▲           │                                       │
+                 └─ preempt ─┘            transfers ◄─ hold / receive┘
+
+All methods belong to the step thread. Between two steps every page and slot is free, owned by one live request, or
+lent to a transfer; `check_integrity` proves it.
+"""
+
+import bisect
+import logging
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from engine.batch import BatchBuilder, Chunk
+from engine.config import EngineConfig
+from engine.connector import Connector, EpochRenewed, FirstToken, NoConnector, Received
+from engine.intake import EngineShape, check_submit
+from engine.outbox import Outbox, token_message
+from engine.page_pool import PagePool
+from engine.parallel import Parallel, SingleRank, StepIntent
+from engine.pool import PoolCorrupted, Use
+from engine.pools import StatePools
+from engine.request import ConstraintFactory, Phase, Request
+from engine.rows import Rows
+from engine.runner import Forward, Runner, Scoring, StepResult
+from engine.sampling_rows import SamplingRows
+from engine.scheduler import Limits, Plan, Prefilling, Snapshot, Victim, Waiting, plan_step
+from engine.slot_pool import SlotPool
+from engine.transfers import Arrived, Missing, Transfers, Unwanted
+from runtime.errors import EngineError, Overloaded, RequestError
+from runtime.requests import (
+    Drained,
+    EngineStats,
+    EpochChanged,
+    FromEngine,
+    Handover,
+    ReceiveState,
+    SendState,
+    Submit,
+    TokenLogprobs,
+    Tokens,
+)
+
+log = logging.getLogger(__name__)
+
+_SCORED_CHUNK = 256
+"""Tokens a step computes of a prompt with log-probabilities: each costs a line of logits over the vocabulary."""
+_PAGE_RESERVE = 0.01
+"""Part of the pages that admission leaves free for those already running."""
+EOS = -1
+"""`_ending`'s stop id for the end-of-sequence token itself."""
+
+
+class Engine:
+    """Runs requests on one rank.
+
+    forward: the model bound to this rank's pages and slots.
+    connector: how state moves to and from other ranks; `NoConnector` for a rank alone.
+    constraints: makes grammar matchers; None refuses requests that need one.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        shape: EngineShape,
+        forward: Forward,
+        *,
+        connector: Connector | NoConnector | None = None,
+        constraints: ConstraintFactory | None = None,
+        parallel: Parallel | None = None,
+        device: torch.device | None = None,
+        rank: int = 0,
+        handoff_address: str = "",
+    ) -> None:
+        device = device or torch.device("cpu")
+        self.config = config
+        self.shape = shape
+        self.rank = rank
+        self._handoff_address = handoff_address
+        self._pools = StatePools(PagePool(shape.num_pages, shape.page_tokens), SlotPool(shape.num_slots))
+        self._transfers = Transfers(connector or NoConnector(), self._pools)
+        self._constraints = constraints
+        self._parallel: Parallel = parallel or SingleRank()
+        self._runner = Runner(forward)
+        max_pages = self._pools.pages.pages_for(shape.max_model_len)
+        self._rows = Rows(config.max_num_seqs, max_pages)
+        self._sampling = SamplingRows(config.max_num_seqs, shape.vocab_size, shape.eos_ids, device)
+        self._builder = BatchBuilder(config.max_step_tokens, config.max_num_seqs, shape.page_tokens, device)
+        self._limits = Limits(
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            min_prompt_tokens=min(shape.page_tokens, config.max_num_batched_tokens),
+            max_held_requests=config.max_held_requests,
+            long_prefill_share=config.long_prefill_share,
+            reserved_pages=max(1, int(shape.num_pages * _PAGE_RESERVE)),
+        )
+        self._eos_ids = np.asarray(shape.eos_ids, np.int64)
+        self._requests: dict[str, Request] = {}
+        self._waiting: list[Request] = []
+        self._prefilling: list[Request] = []
+        self._outbox = Outbox()
+        self._arrivals = 0
+        self._failures_in_a_row = 0
+        self._draining = False
+        self._drained = False
+        self._steps = self._preemptions = self._recomputed = self._prompt_tokens = self._generated_tokens = 0
+        self._computed = False
+
+    # Requests in
+
+    def submit(self, submit: Submit) -> None:
+        """Take a request. What is wrong with it is answered with `RequestFailed` after the next step."""
+        try:
+            self._admit(submit)
+        except RequestError as error:
+            kind = "transfer" if error.code == "released" else "invalid"
+            self._outbox.fail(submit.request_id, kind, str(error))
+        except Overloaded as error:
+            self._outbox.fail(submit.request_id, "overloaded", str(error))
+
+    def _admit(self, submit: Submit) -> None:
+        if submit.request_id in self._requests:
+            # Two streams under one id cannot be told apart any more: neither may go on.
+            self.abort(submit.request_id)
+            raise RequestError(f"request id {submit.request_id} was in use", param="request_id")
+        if self._draining:
+            raise Overloaded("the engine is draining and takes no new requests")
+        if len(self._waiting) >= self.config.max_queued_requests:
+            raise Overloaded(f"{len(self._waiting)} requests are waiting, the bound of the queue")
+        check_submit(submit, self.shape)
+        matcher = None
+        if submit.sampling.constraint is not None:
+            if self._constraints is None:
+                raise RequestError("structured output is not available on this node", param="response_format")
+            matcher = self._constraints(submit.sampling.constraint)
+            try:
+                for token_id in submit.generated_ids:
+                    matcher.accept(token_id)
+            except Exception as error:
+                raise RequestError(f"the resumed tokens do not follow the grammar: {error}") from error
+        request = Request(submit, self._arrivals, matcher)
+        if request.handoff is not None:
+            self._transfers.expect(request)
+        self._arrivals += 1
+        self._requests[request.request_id] = request
+        self._enqueue(request)
+
+    def abort(self, request_id: str) -> None:
+        """Forget a request in any phase. Its memory is free at once, or when the transfer that touches it ends."""
+        request = self._requests.get(request_id)
+        if request is not None:
+            self._end(request, "aborted by the caller")
+
+    def release(self, transfer_id: str) -> None:
+        """The router gave up a transfer; a request still waiting for its turn with it fails."""
+        request = self._transfers.release(transfer_id)
+        if request is not None:
+            request.handoff = None
+            self._fail(request, "transfer", f"transfer {transfer_id} was released by the router")
+
+    def drain(self) -> None:
+        """Refuse new requests; `Drained` is said when everything running and promised is done."""
+        self._draining = True
+
+    # One step
+
+    @property
+    def has_work(self) -> bool:
+        """`step` should be called again at once: some request computes, or one that waits may have room since the last
+        step. Without work, call it when a message or a transfer event has arrived.
+        """
+        return bool(self._rows or self._prefilling or self._outbox or (self._waiting and self._computed))
+
+    def step(self) -> list[FromEngine]:
+        """Take in transfer events, decide, compute, and say what happened.
+
+        Raises EngineError after `max_step_failures` failed steps in a row, or one in a group of several ranks.
+        """
+        self._take_in_events()
+        plan = plan_step(self._snapshot(), self._limits)
+        self._carry_out(plan)
+        chunks = [self._chunk(request, num_tokens) for request, num_tokens in plan.chunks]
+        num_tokens = len(self._rows) + sum(chunk.num_tokens for chunk in chunks)
+        agreed = self._parallel.agree(StepIntent(num_tokens=num_tokens, decode_only=not chunks))
+        self._computed = agreed.runs
+        if agreed.runs:
+            self._compute(chunks)
+        if self._draining and not self._drained and not self._requests and self._transfers.is_empty:
+            self._drained = True
+            self._outbox.add(Drained(self.rank))
+        return self._outbox.take()
+
+    def _take_in_events(self) -> None:
+        for outcome in self._transfers.poll():
+            match outcome:
+                case Arrived(request, event):
+                    self._join(request, event)
+                case Missing(request, message, retryable):
+                    if retryable and self.config.kv_load_failure_policy == "recompute":
+                        log.warning("request %s: %s; computing its prompt here", request.request_id, message)
+                        self._recomputed += 1
+                        request.enter(Phase.WAITING)
+                        self._enqueue(request)
+                    else:
+                        self._fail(request, "transfer", message)
+                case Unwanted(request, ending):
+                    request.handoff = None
+                    self._fail(request, "transfer", f"its state was given up while it was computed ({ending})")
+                case EpochRenewed():
+                    self._outbox.add(EpochChanged(self.rank, outcome.epoch, self._handoff_address))
+
+    def _snapshot(self) -> Snapshot[Request]:
+        growing = self._rows.growing(self.shape.page_tokens)
+        free_pages, free_slots = self._pools.pages.num_free, self._pools.slots.num_free
+        victims: list[Victim[Request]] = []
+        if len(growing) > free_pages:
+            needs_page = {self._rows.requests[row].request_id for row in growing}
+            victims = [
+                Victim(request, len(request.owned.page_ids), request.request_id in needs_page)
+                for request in sorted((*self._rows.requests, *self._prefilling), key=_order, reverse=True)
+                if not isinstance(request.handoff, SendState)
+            ]
+        room = min(free_slots, self.config.max_num_seqs)
+        return Snapshot(
+            num_decoding=len(self._rows),
+            num_growing=len(growing),
+            num_receiving=self._transfers.num_receiving,
+            num_sends=self._transfers.num_sends,
+            prefilling=[
+                Prefilling(request, request.num_tokens - request.num_computed, _max_chunk(request))
+                for request in self._prefilling
+            ],
+            waiting=[self._as_waiting(request) for request in self._waiting[:room]],
+            victims=victims,
+            free_pages=free_pages,
+            free_slots=free_slots,
+        )
+
+    def _as_waiting(self, request: Request) -> Waiting[Request]:
+        return Waiting(
+            request=request,
+            num_tokens=request.num_tokens,
+            num_pages=self._pools.pages.pages_for(request.num_tokens),
+            sends=isinstance(request.handoff, SendState),
+            receives=isinstance(request.handoff, ReceiveState),
+            max_chunk=_max_chunk(request),
+        )
+
+    def _carry_out(self, plan: Plan[Request]) -> None:
+        for request in plan.preempt:
+            self._preempt(request)
+        for row in self._rows.growing(self.shape.page_tokens).tolist():
+            self._rows.add_page(row, self._pools.grow(self._rows.requests[row].owned))
+        for request in (*plan.receive, *plan.admit):
+            self._waiting.remove(request)
+            request.state = self._pools.take(request.request_id, request.num_tokens)
+        for request in plan.receive:
+            request.enter(Phase.RECEIVING)
+            self._transfers.receive(request)
+        for request in plan.admit:
+            request.enter(Phase.PREFILLING)
+            bisect.insort(self._prefilling, request, key=_order)
+            if request.handoff is not None:
+                self._transfers.open_send(request)
+
+    def _preempt(self, request: Request) -> None:
+        log.info("request %s preempted after %d tokens: out of pages", request.request_id, request.num_tokens)
+        self._preemptions += 1
+        self._leave_step(request)
+        self._give_back(request)
+        request.forget_state()
+        request.enter(Phase.WAITING)
+        self._enqueue(request)
+
+    def _chunk(self, request: Request, num_tokens: int) -> Chunk:
+        scored = range(0)
+        if request.prompt_logprobs is not None:
+            first = request.num_computed
+            scored = range(first, min(first + num_tokens, request.num_prompt - 1))
+        return Chunk(request, num_tokens, scored)
+
+    def _compute(self, chunks: Sequence[Chunk]) -> None:
+        num_decode = len(self._rows)
+        try:
+            batch = self._builder.build(self._rows, num_decode, chunks)
+            for chunk in chunks:
+                if chunk.completes:
+                    request = chunk.request
+                    row = self._rows.add(request, request.num_tokens, self._max_generated(request))
+                    self._sampling.add(row, request)
+            requests = list(self._rows.requests)
+            inputs = self._sampling.inputs(requests, self._rows.num_generated, self._rows.changes)
+            result = self._runner.run(batch, inputs, self._sampling.record, len(requests), self._scoring(chunks))
+        except Exception as error:
+            self._fail_step(error, chunks)
+            return
+        self._failures_in_a_row = 0
+        self._steps += 1
+        self._rows.context_len[:num_decode] += 1
+        self._advance(chunks, result)
+        self._collect(requests, num_decode, result)
+
+    def _scoring(self, chunks: Sequence[Chunk]) -> Scoring | None:
+        scored = [chunk for chunk in chunks if chunk.scored]
+        if not scored:
+            return None
+        counts = [chunk.request.sampling.prompt_logprobs or 0 for chunk in scored]
+        targets = [chunk.request.prompt[chunk.scored.start + 1 : chunk.scored.stop + 1] for chunk in scored]
+        return Scoring(np.concatenate(targets), self.shape.vocab_size if min(counts) < 0 else max(counts))
+
+    def _advance(self, chunks: Sequence[Chunk], result: StepResult) -> None:
+        """The state now holds the chunks' tokens."""
+        place = 0
+        for chunk in chunks:
+            request = chunk.request
+            completes = chunk.completes
+            request.num_computed += chunk.num_tokens
+            self._prompt_tokens += chunk.num_tokens
+            if chunk.scored and result.scored is not None and request.prompt_logprobs is not None:
+                count = request.sampling.prompt_logprobs or 0
+                for index in range(place, place + len(chunk.scored)):
+                    request.prompt_logprobs.append(result.scored.message(index, count))
+                place += len(chunk.scored)
+            if completes:
+                self._prefilling.remove(request)
+            elif isinstance(request.handoff, SendState):
+                self._transfers.announce(request)
+
+    # Tokens out
+
+    def _collect(self, requests: Sequence[Request], num_decode: int, result: StepResult) -> None:
+        """Append the sampled tokens. Only first tokens, last tokens and watched requests are looked at one by one."""
+        count = len(requests)
+        rows = self._rows
+        token_ids = result.token_ids
+        rows.token[:count] = token_ids
+        rows.num_generated[:count] += 1
+        self._generated_tokens += count
+        special = rows.num_generated[:count] >= rows.max_generated[:count]
+        special |= np.isin(token_ids, self._eos_ids) & ~rows.ignore_eos[:count]
+        special |= rows.watched[:count]
+        special |= ~np.isfinite(result.best)
+        special[num_decode:] = True
+        tokens = token_ids.tolist()
+        for request, token_id in zip(requests, tokens, strict=True):
+            request.generated.append(token_id)
+        outputs = [
+            None if needs_care else Tokens(request.request_id, (token_id,))
+            for request, token_id, needs_care in zip(requests, tokens, special.tolist(), strict=True)
+        ]
+        logprob_index = 0
+        for row in np.flatnonzero(special).tolist():
+            request = requests[row]
+            logprobs = None
+            if result.logprobs is not None and request.sampling.logprobs is not None:
+                logprobs = result.logprobs.message(logprob_index, request.sampling.logprobs)
+                logprob_index += 1
+            if np.isfinite(result.best[row]):
+                outputs[row] = self._token(request, logprobs)
+            else:
+                request.generated.pop()
+                self._fail_choice(request, float(result.best[row]))
+        self._outbox.tokens.extend(output for output in outputs if output is not None)
+
+    def _token(self, request: Request, logprobs: TokenLogprobs | None) -> Tokens | None:
+        """The message for a request's newest token; a request that ends with it is gone afterwards.
+
+        None if its grammar cannot follow: the request has failed.
+        """
+        try:
+            reason, stop_id = self._ending(request)
+        except Exception as error:
+            log.exception("request %s: its grammar failed at token %d", request.request_id, request.generated[-1])
+            request.generated.pop()
+            self._fail(request, "internal", f"the grammar failed: {error!r}")
+            return None
+        stop_token_id = None if stop_id == EOS else stop_id
+        if isinstance(request.handoff, SendState):
+            message = token_message(request, logprobs, reason or "length", stop_token_id)
+            self._hold(request, message, logprobs)
+            return message
+        message = token_message(request, logprobs, reason, stop_token_id)
+        if reason is not None:
+            self._end(request, reason)
+        elif request.phase is Phase.PREFILLING:
+            request.enter(Phase.DECODING)
+        return message
+
+    def _ending(self, request: Request) -> tuple[str | None, int | None]:
+        """(finish reason, stop id) if the newest token is the last one."""
+        token_id, sampling = request.generated[-1], request.sampling
+        if token_id in self.shape.eos_ids and not sampling.ignore_eos:
+            return "stop", EOS
+        if token_id in sampling.stop_token_ids:
+            return "stop", token_id
+        if request.matcher is not None:
+            request.matcher.accept(token_id)
+            if request.matcher.is_done:
+                return "stop", EOS
+        if len(request.generated) >= self._max_generated(request):
+            return "length", None
+        return None, None
+
+    def _max_generated(self, request: Request) -> int:
+        return min(request.sampling.max_tokens, self.shape.max_model_len - request.num_prompt)
+
+    def _hold(self, request: Request, message: Tokens, logprobs: TokenLogprobs | None) -> None:
+        """A prefill for another rank is done: answer its caller and keep its state for whoever fetches it."""
+        self._leave_step(request)
+        del self._requests[request.request_id]
+        first = FirstToken(
+            token_id=request.generated[-1],
+            logprobs=logprobs,
+            seed=request.seed,
+            prompt_tokens=request.num_prompt,
+            cached_tokens=request.cached_tokens,
+            prompt_logprobs=message.prompt_logprobs,
+        )
+        self._transfers.hold(request, first)
+
+    def _join(self, request: Request, event: Received) -> None:
+        """A state has arrived with its first token: emit that at once and decode from there."""
+        first = event.first
+        request.seed = first.seed
+        request.cached_tokens = first.cached_tokens
+        request.prompt_logprobs = None if first.prompt_logprobs is None else list(first.prompt_logprobs)
+        request.generated.append(first.token_id)
+        request.enter(Phase.DECODING)
+        self._generated_tokens += 1
+        self._outbox.add(
+            Handover(
+                request_id=request.request_id,
+                num_bytes=event.num_bytes,
+                transfer_s=event.transfer_s,
+                exposed_s=event.exposed_s,
+                wait_s=event.wait_s,
+            )
+        )
+        message = self._token(request, first.logprobs)
+        if message is not None:
+            self._outbox.tokens.append(message)
+        if request.phase is Phase.DECODING:
+            row = self._rows.add(request, request.num_tokens - 1, self._max_generated(request))
+            self._rows.token[row] = first.token_id
+            self._sampling.add(row, request)
+
+    # Requests out
+
+    def _fail_step(self, error: Exception, chunks: Sequence[Chunk]) -> None:
+        in_chunks = [chunk.request for chunk in chunks if self._rows.row_of(chunk.request) is None]
+        requests = [*self._rows.requests, *in_chunks]
+        self._failures_in_a_row += 1
+        log.error("step %d failed with %d requests", self._steps, len(requests), exc_info=error)
+        for request in requests:
+            self._fail(request, "internal", f"the model failed: {error!r}")
+        if self._parallel.size > 1:
+            raise EngineError(f"a step failed and the other ranks wait in it: {error!r}") from error
+        if self._failures_in_a_row >= self.config.max_step_failures:
+            raise EngineError(f"{self._failures_in_a_row} steps in a row failed, the last with {error!r}") from error
+
+    def _fail_choice(self, request: Request, best: float) -> None:
+        if best == float("-inf"):
+            self._fail(request, "invalid", "no token satisfies grammar, allowed ids, bad words and min_tokens together")
+        else:
+            self._fail(request, "internal", f"the model's logits are not finite after {request.num_tokens} tokens")
+
+    def _fail(self, request: Request, kind: str, message: str) -> None:
+        self._end(request, message)
+        self._outbox.fail(request.request_id, kind, message, request.num_emitted)
+
+    def _end(self, request: Request, reason: str) -> None:
+        """The request is over; everything it owns is free now or, if a transfer may touch it, when that has ended."""
+        del self._requests[request.request_id]
+        if request.phase is Phase.WAITING and request in self._waiting:
+            self._waiting.remove(request)
+        self._leave_step(request)
+        if request.handoff is not None:
+            self._transfers.cancel(request, reason)
+        self._give_back(request)
+        request.enter(Phase.DONE)
+
+    def _leave_step(self, request: Request) -> None:
+        if self._rows.row_of(request) is not None:
+            self._sampling.remove(*self._rows.remove(request))
+        if request in self._prefilling:
+            self._prefilling.remove(request)
+
+    def _give_back(self, request: Request) -> None:
+        if request.state is not None:
+            self._pools.give_back(request.state)
+            request.state = None
+
+    def _enqueue(self, request: Request) -> None:
+        bisect.insort(self._waiting, request, key=_order)
+
+    # For operators and tests
+
+    def stats(self) -> EngineStats:
+        """A snapshot of gauges and counters."""
+        counters = self._transfers.counters
+        unfinished = (*self._waiting, *self._prefilling)
+        return EngineStats(
+            rank=self.rank,
+            running=len(self._rows) + len(self._prefilling),
+            waiting=len(self._waiting),
+            receiving=self._transfers.num_receiving,
+            held=self._transfers.num_held,
+            queued_prompt_tokens=sum(
+                request.num_tokens - request.num_computed
+                for request in unfinished
+                if not isinstance(request.handoff, ReceiveState)
+            ),
+            pages_total=self._pools.pages.count,
+            pages_free=self._pools.pages.num_free,
+            pages_quarantined=self._pools.pages.num_used(Use.QUARANTINE),
+            slots_total=self._pools.slots.count,
+            slots_free=self._pools.slots.num_free,
+            preemptions=self._preemptions,
+            prompt_tokens=self._prompt_tokens,
+            generated_tokens=self._generated_tokens,
+            steps=self._steps,
+            transfers_sent=counters.sent,
+            transfers_received=counters.received,
+            transfers_failed=counters.failed,
+            recomputed=self._recomputed,
+            bytes_received=counters.bytes_received,
+            draining=self._draining,
+        )
+
+    def check_integrity(self) -> None:
+        """Audit of everything between two steps. Raises PoolCorrupted naming requests and ids."""
+        for request in self._requests.values():
+            if (request.state is None) != (request.phase is Phase.WAITING):
+                raise PoolCorrupted(f"{request.request_id} is {request.phase.value} and owns {request.state}")
+        owned = [request.state for request in self._requests.values() if request.state is not None]
+        self._pools.check_integrity([*owned, *self._transfers.states()])
+        placed = len(self._waiting) + len(self._prefilling) + len(self._rows) + self._transfers.num_receiving
+        if placed != len(self._requests):
+            raise PoolCorrupted(f"{len(self._requests)} requests, {placed} of them waiting, computing or receiving")
+
+
+def _order(request: Request) -> tuple[int, int]:
+    return request.order
+
+
+def _max_chunk(request: Request) -> int:
+    return request.num_tokens if request.prompt_logprobs is None else _SCORED_CHUNK

@@ -1,0 +1,199 @@
+"""Logits to tokens, for all rows of a batch at once.
+
+Order, as the field does it: grammar and allowed ids, logit bias, penalties, banned ids; then the largest logit where
+the temperature is 0, else temperature, min-p, top-k, top-p and one draw. The three truncations are each a lower bound
+on the logit, so they end in one comparison; equal logits stand or fall together. The draw inverts the cumulative
+distribution over the vocabulary at one uniform number per row, so that a row's token depends on its logits, its seed
+and its output index, and on no other row.
+
+Plain torch on either device. B rows of the batch, V vocabulary, R rows with a temperature, S rows to be sorted.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from engine.token_counts import TokenCounts
+
+NEGATIVE_INFINITY = float("-inf")
+
+
+@dataclass(frozen=True, slots=True)
+class RandomRows:
+    """The rows that are drawn and not maximised."""
+
+    rows: Tensor
+    """int64 [R], indices into the batch."""
+    temperature: Tensor
+    """float32 [R], positive."""
+    uniform: Tensor
+    """float64 [R] in [0, 1)."""
+    min_p: Tensor | None
+    """float32 [R], 0 = off; None: nobody uses it. The same for the two below."""
+    sort: Tensor | None
+    """int64 [S], indices into R, of the rows with top-k or top-p."""
+    top_k: Tensor | None
+    """int64 [S], V = off."""
+    top_p: Tensor | None
+    """float64 [S], 1 = off."""
+    max_top_k: int
+    """The largest of top_k."""
+
+
+@dataclass(frozen=True, slots=True)
+class Penalties:
+    """Rows with any of the three penalties, and what they have seen."""
+
+    rows: Tensor
+    """int64 [P], indices into the batch."""
+    repetition: Tensor
+    """float32 [P, 1], 1 = off."""
+    frequency: Tensor
+    """float32 [P, 1], 0 = off."""
+    presence: Tensor
+    """float32 [P, 1], 0 = off."""
+    lines: Tensor
+    """int64 [P], lines of `counts`."""
+    counts: TokenCounts
+
+
+@dataclass(frozen=True, slots=True)
+class Pairs:
+    """(row, id) pairs of the batch, with values where that makes sense."""
+
+    rows: Tensor
+    """int64 [N], indices into the batch."""
+    ids: Tensor
+    """int64 [N]."""
+    values: Tensor | None = None
+    """float32 [N]."""
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingInputs:
+    """What one step's sampling needs besides logits. None where no row uses a feature."""
+
+    random: RandomRows | None = None
+    bias: Pairs | None = None
+    allowed: Pairs | None = None
+    """Rows that appear here may only yield the ids listed for them."""
+    banned: Pairs | None = None
+    bitmask: tuple[Tensor, Tensor] | None = None
+    """rows int64 [G] and words int32 [G, ceil(V / 32)]: bit t % 32 of word t // 32 allows id t."""
+    penalties: Penalties | None = None
+    logprobs: tuple[Tensor, int] | None = None
+    """rows int64 [N] that want log-probabilities, and the largest number of most likely ids among them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Logprobs:
+    """Of raw logits, N rows, K most likely."""
+
+    logprob: Tensor
+    """float32 [N], of the target."""
+    rank: Tensor
+    """int64 [N], 1 = most likely."""
+    top_ids: Tensor
+    """int64 [N, K], equal ones by id."""
+    top_logprobs: Tensor
+    """float32 [N, K]."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """token_ids int64 [B]; best float32 [B], the largest logit left: not finite where no token could be chosen."""
+
+    token_ids: Tensor
+    best: Tensor
+    logprobs: Logprobs | None
+
+
+def sample(logits: Tensor, inputs: SamplingInputs) -> Sampled:
+    """logits float32 [B, V], overwritten where rows are constrained."""
+    raw = logits[inputs.logprobs[0]] if inputs.logprobs is not None else None
+    _constrain(logits, inputs)
+    best, token_ids = logits.max(dim=-1)
+    if inputs.random is not None:
+        token_ids[inputs.random.rows] = _draw(logits, best, inputs.random)
+    logprobs = None
+    if inputs.logprobs is not None and raw is not None:
+        rows, count = inputs.logprobs
+        logprobs = logprobs_of(raw, token_ids[rows], count)
+    return Sampled(token_ids, best, logprobs)
+
+
+def logprobs_of(logits: Tensor, targets: Tensor, count: int) -> Logprobs:
+    """logits float32 [N, V], targets int64 [N]: their log-probabilities and ranks, and the `count` most likely ids."""
+    target_logit = logits.gather(-1, targets[:, None])
+    total = logits.logsumexp(dim=-1, keepdim=True)
+    rank = (logits > target_logit).sum(dim=-1) + 1
+    if count < logits.shape[-1]:
+        top, top_ids = logits.topk(count, dim=-1)
+    else:
+        top, top_ids = logits.sort(dim=-1, descending=True, stable=True)
+    return Logprobs((target_logit - total)[:, 0], rank, top_ids, top - total)
+
+
+def _constrain(logits: Tensor, inputs: SamplingInputs) -> None:
+    vocab = logits.shape[-1]
+    if inputs.bitmask is not None:
+        rows, words = inputs.bitmask
+        bit = torch.arange(32, dtype=torch.int32, device=logits.device)
+        allowed = ((words[:, :, None] >> bit) & 1).flatten(1)[:, :vocab].bool()
+        logits[rows] = logits[rows].masked_fill(~allowed, NEGATIVE_INFINITY)
+    if inputs.allowed is not None:
+        kept = logits[inputs.allowed.rows, inputs.allowed.ids]
+        logits[inputs.allowed.rows] = NEGATIVE_INFINITY
+        logits[inputs.allowed.rows, inputs.allowed.ids] = kept
+    if inputs.bias is not None:
+        assert inputs.bias.values is not None
+        logits.index_put_((inputs.bias.rows, inputs.bias.ids), inputs.bias.values, accumulate=True)
+    if inputs.penalties is not None:
+        logits[inputs.penalties.rows] = _penalise(logits[inputs.penalties.rows], inputs.penalties)
+    if inputs.banned is not None:
+        logits[inputs.banned.rows, inputs.banned.ids] = NEGATIVE_INFINITY
+
+
+def _penalise(logits: Tensor, p: Penalties) -> Tensor:
+    """Repetition makes what was seen in prompt or output less likely; frequency and presence count output only."""
+    output_counts = p.counts.output_counts[p.lines]
+    generated = output_counts > 0
+    scaled = torch.where(logits > 0, logits / p.repetition, logits * p.repetition)
+    logits = torch.where(generated | p.counts.in_prompt[p.lines], scaled, logits)
+    return logits - p.frequency * output_counts - p.presence * generated
+
+
+def _draw(logits: Tensor, best: Tensor, random: RandomRows) -> Tensor:
+    """int64 [R]."""
+    # Relative to the largest, so that no temperature can overflow and the largest weight is exactly 1.
+    scaled = (logits[random.rows] - best[random.rows, None]) / random.temperature[:, None]
+    if random.min_p is not None:
+        scaled.masked_fill_(scaled < random.min_p.log()[:, None], NEGATIVE_INFINITY)
+    if random.sort is not None:
+        kept = scaled[random.sort]
+        scaled[random.sort] = kept.masked_fill(kept < _sorted_bound(kept, random), NEGATIVE_INFINITY)
+    cumulative = scaled.exp_().cumsum(dim=-1, dtype=torch.float64)
+    target = random.uniform[:, None] * cumulative[:, -1:]
+    # The first id whose cumulative weight exceeds the target; ids of weight 0 are never that.
+    token_ids = torch.searchsorted(cumulative, target, right=True)[:, 0]
+    # A row of NaN finds nothing; its `best` says so, the index must only stay inside.
+    return token_ids.clamp_(max=logits.shape[-1] - 1)
+
+
+def _sorted_bound(scaled: Tensor, random: RandomRows) -> Tensor:
+    """float32 [S, 1]: the smallest logit that top-k, then top-p among those k, keep."""
+    assert random.top_k is not None
+    assert random.top_p is not None
+    if random.max_top_k < scaled.shape[-1]:
+        ordered = scaled.topk(random.max_top_k, dim=-1).values
+    else:
+        ordered = scaled.sort(dim=-1, descending=True).values
+    place = torch.arange(ordered.shape[-1], device=scaled.device)
+    ordered = ordered.masked_fill(place >= random.top_k[:, None], NEGATIVE_INFINITY)
+    weight = ordered.exp().double()
+    before = weight.cumsum(dim=-1) - weight
+    # Kept: as many of the largest as it takes to reach top_p, hence at least one.
+    kept = (before < random.top_p[:, None] * weight.sum(dim=-1, keepdim=True)) & (weight > 0)
+    last = kept.sum(dim=-1, keepdim=True).clamp_(min=1) - 1
+    return ordered.gather(-1, last)
