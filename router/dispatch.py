@@ -1,0 +1,353 @@
+"""The life of one request: pick two ranks, send both legs, relay the answer, and end the transfer on every way out."""
+
+import asyncio
+import logging
+import random
+from collections.abc import Callable
+
+from router.answer import KEEP_ALIVE, Answer, Verdict, WholeEvents
+from router.config import RouterConfig
+from router.errors import RouteError, error_answer, error_event, refusal_event
+from router.health import Proofs
+from router.http1 import ResponseHead
+from router.legs import Leg, LegFactory
+from router.metrics import RouterMetrics
+from router.picker import Pair, Picker
+from router.recovery import Facts, Failure, Step, decide
+from router.registry import Registry, Target
+from router.request import Request
+from router.sink import ClientGone, Headers, Sink
+from router.transfers import Transfer, TransferTable
+from runtime.errors import TandemError
+
+log = logging.getLogger(__name__)
+
+_NOT_RELAYED = frozenset(
+    (b"connection", b"keep-alive", b"transfer-encoding", b"content-length", b"server", b"date", b"x-request-id")
+)
+
+
+class Wakeup:
+    """Says that something changed. One waiter."""
+
+    __slots__ = ("_loop", "_set", "_waiter")
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._set = False
+        self._waiter: asyncio.Future[None] | None = None
+
+    def set(self) -> None:
+        self._set = True
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    async def wait(self) -> None:
+        if not self._set:
+            self._waiter = self._loop.create_future()
+            await self._waiter
+        self._set = False
+
+
+class Dispatcher:
+    """What all requests share."""
+
+    def __init__(
+        self,
+        config: RouterConfig,
+        registry: Registry,
+        picker: Picker,
+        legs: LegFactory,
+        transfers: TransferTable,
+        metrics: RouterMetrics,
+        proofs: Proofs,
+        clock: Callable[[], float],
+    ) -> None:
+        self.config = config
+        self.registry = registry
+        self.picker = picker
+        self.legs = legs
+        self.transfers = transfers
+        self.metrics = metrics
+        self.proofs = proofs
+        self.clock = clock
+        self.live: set[int] = set()
+        """Numbers of the requests being served."""
+
+    async def serve(self, request: Request, sink: Sink, pair: Pair | None = None) -> None:
+        """Answer `request` into `sink`, through `pair` if given (then in one attempt).
+
+        Raises ClientGone when the client left. Cancelling it cancels both legs and releases the transfer.
+        """
+        job = _Job(self, request, sink, pair)
+        self.live.add(request.number)
+        try:
+            await job.run()
+        finally:
+            job.close()
+            self.live.discard(request.number)
+
+
+class _Job:
+    """One request under way. Owns its legs and its transfer."""
+
+    def __init__(self, shared: Dispatcher, request: Request, sink: Sink, pair: Pair | None) -> None:
+        self._shared = shared
+        self._request = request
+        self._sink = sink
+        self._fixed = pair
+        self._started_at = shared.clock()
+        self._turn = shared.picker.turn() if pair is None else 0
+        self._wake = Wakeup()
+        self._decode_target: Target | None = None
+        self._prefill: Answer | None = None
+        self._decode: Answer | None = None
+        self._transfer: Transfer | None = None
+        self._prefill_ok = False
+        self._prefill_sent_at = 0.0
+        self._prefilled_at = 0.0
+        self._avoid: list[Target] = []
+        self._end = "the router gave up"
+
+    async def run(self) -> None:
+        request, sink, shared = self._request, self._sink, self._shared
+        attempt = 1
+        try:
+            self._start(self._fixed or shared.picker.pair(request, self._turn))
+            while isinstance(outcome := await self._await_answer(), Failure):
+                await self._recover(outcome, attempt)
+                attempt += 1
+            await self._deliver(outcome)
+        except TandemError as error:
+            self._end = str(error)
+            shared.metrics.failed(error)
+            if sink.started:
+                await sink.write(error_event(error, request.path))
+                await sink.finish()
+            else:
+                await sink.answer(*error_answer(error, request.path))
+        except ClientGone:
+            self._end = "the client left"
+            raise
+        except asyncio.CancelledError:
+            self._end = "the client left, or the router stops"
+            raise
+
+    def close(self) -> None:
+        """On every way out: cancel what still runs, and end the transfer."""
+        for answer in (self._prefill, self._decode):
+            if answer is not None:
+                answer.leg.close()
+        self._end_transfer(self._end)
+
+    # Sending
+
+    def _start(self, pair: Pair) -> None:
+        """Send the legs of a new transfer; with sequential dispatch, the first of them."""
+        shared, request = self._shared, self._request
+        self._prefill = self._decode = None
+        self._prefill_ok = False
+        self._decode_target = pair.decode
+        if pair.prefill is not None:
+            self._transfer = shared.transfers.open(request.number, request.request_id, pair.prefill, request.choices)
+            self._prefill_sent_at = shared.clock()
+            self._prefill = Answer(shared.legs.prefill(request, self._transfer, self._wake.set))
+            if not shared.config.concurrent:
+                return
+        self._send_decode(pair.decode)
+
+    def _send_decode(self, target: Target) -> None:
+        self._decode_target = target
+        self._decode = Answer(self._shared.legs.decode(self._request, target, self._transfer, self._wake.set))
+
+    def _end_transfer(self, reason: str) -> None:
+        if self._transfer is not None and self._transfer.end is None:
+            self._shared.transfers.release(self._transfer, reason)
+
+    # Waiting
+
+    async def _await_answer(self) -> Answer | Failure:
+        """Wait until decode has a good answer, or either leg a refusal (both go to the client), or a leg failed."""
+        while True:
+            verdict = Verdict.WAITING if self._decode is None else self._decode.look()
+            if verdict is Verdict.GOOD or verdict is Verdict.REFUSED:
+                assert self._decode is not None
+                return self._decode
+            outcome = self._look_at_prefill()
+            if outcome is not None:
+                return outcome
+            if verdict is Verdict.FAILED:
+                assert self._decode is not None
+                assert self._decode.failure is not None
+                return self._decode.failure
+            if verdict is Verdict.KEEP_ALIVE:
+                await self._keep_alive()
+            await self._wake.wait()
+
+    def _look_at_prefill(self) -> Answer | Failure | None:
+        """The prefill leg's refusal or failure. Its success starts the decode leg where that comes second."""
+        if self._prefill is None or self._prefill_ok:
+            return None
+        verdict = self._prefill.look()
+        if verdict is Verdict.REFUSED:
+            return self._prefill
+        if verdict is Verdict.FAILED:
+            return self._prefill.failure
+        if verdict is Verdict.GOOD:
+            self._prefill_ok = True
+            self._prefilled_at = self._shared.clock()
+            self._shared.metrics.prefill_seconds.observe(self._prefilled_at - self._prefill_sent_at)
+            self._prefill.leg.close()
+            if self._decode is None:
+                assert self._decode_target is not None
+                self._send_decode(self._decode_target)
+        return None
+
+    async def _keep_alive(self) -> None:
+        """Tell a client that waits for a long prompt that somebody is there. Commits to a stream, not to a node."""
+        assert self._decode is not None
+        if not self._sink.started:
+            await self._sink.start(self._decode.head.status, self._headers(self._decode.head))
+        await self._sink.write(KEEP_ALIVE)
+
+    # Failing over
+
+    async def _recover(self, failure: Failure, attempt: int) -> None:
+        """Send what replaces the failed leg, or raise what the client gets."""
+        shared, config = self._shared, self._shared.config.requests
+        failed = self._prefill if failure.leg == "prefill" else self._decode
+        assert failed is not None
+        target = failed.leg.target
+        if failure.says_node_is_bad:
+            shared.registry.suspect(target.node, shared.clock() + config.suspect_s)
+        other = None
+        if failure.leg == "decode" and self._transfer is not None:
+            known = [*self._avoid, *self._transfer.decodes]
+            other = shared.picker.other_decode(self._request, self._turn, known)
+        facts = Facts(
+            attempt=attempt,
+            max_attempts=1 if self._fixed is not None else config.max_attempts,
+            recompute=config.kv_load_failure_policy == "recompute",
+            state_held=self._state_held(),
+            other_decode=other is not None,
+        )
+        step = decide(failure, facts)
+        log.warning("request %s, attempt %d: %s; %s", self._request.request_id, attempt, failure, step.value)
+        shared.metrics.retries.labels(failure.leg, step.value).inc()
+        if step is Step.GIVE_UP:
+            raise failure.as_error()
+        self._avoid.append(target)
+        if step is Step.OTHER_DECODE:
+            assert other is not None
+            failed.leg.close()
+            self._send_decode(other)
+            return
+        if failure.leg == "decode" and failure.status and self._prefill is not None:
+            # Its error may be about the state it could not get.
+            self._avoid.append(self._prefill.leg.target)
+        for answer in (self._prefill, self._decode):
+            if answer is not None:
+                answer.leg.close()
+        self._end_transfer(str(failure))
+        self._transfer = None
+        await self._start_again(attempt)
+
+    async def _start_again(self, attempt: int) -> None:
+        shared, config = self._shared, self._shared.config.requests
+        last = attempt + 1 == config.max_attempts
+        pair = shared.picker.pair(self._request, self._turn, self._avoid, local=last)
+        if pair.prefill in self._avoid or pair.decode in self._avoid:
+            await asyncio.sleep(config.retry_backoff_s * 2 ** (attempt - 1) * random.uniform(0.5, 1.0))
+            pair = shared.picker.pair(self._request, self._turn, self._avoid, local=last)
+        self._start(pair)
+
+    def _state_held(self) -> bool:
+        """Whether another decode rank could still claim what the prefill rank computed or computes."""
+        if self._transfer is None or self._transfer.prefill.node.lost is not None:
+            return False
+        if not self._prefill_ok:
+            return self._prefill is not None and self._prefill.failure is None
+        return self._shared.clock() - self._prefilled_at < self._shared.config.deadlines.state_hold_s
+
+    # Answering
+
+    async def _deliver(self, answer: Answer) -> None:
+        """Give the client what `answer` holds, and what follows if it is a stream."""
+        shared, sink = self._shared, self._sink
+        status, headers = answer.head.status, self._headers(answer.head)
+        if status // 100 != 2:
+            self._end = f"the {answer.leg.kind} node refused the request ({status})"
+            if sink.started:
+                await sink.write(refusal_event(answer.data, self._request.path))
+                await sink.finish()
+            else:
+                await sink.answer(status, headers, answer.data)
+            return
+        now = shared.clock()
+        self._proven(answer, now)
+        if not answer.streamed:
+            await sink.answer(status, headers, answer.data)
+            return
+        shared.metrics.ttft.observe(now - self._started_at)
+        if not sink.started:
+            await sink.start(status, headers)
+        await self._relay(answer)
+
+    def _proven(self, answer: Answer, now: float) -> None:
+        """The decode rank answered with a token: the state arrived, prefill has let go."""
+        shared, leg = self._shared, answer.leg
+        way = answer.head.get(b"x-tandem-path")
+        if self._transfer is None:
+            way = b"local"
+            shared.proofs.record(None, leg.target, now)
+        else:
+            shared.transfers.finish(self._transfer)
+            if self._prefill is not None and not self._prefill_ok:
+                self._prefill.leg.let_finish(now)
+                self._prefill = None
+            if way not in shared.metrics.ways:
+                way = b"handoff"
+            if way == b"handoff":
+                shared.proofs.record(self._transfer.prefill, leg.target, now)
+        shared.metrics.ways[way].inc()
+
+    async def _relay(self, answer: Answer) -> None:
+        """Pass the stream on as it comes, in whole events."""
+        leg, sink, clock = answer.leg, self._sink, self._shared.clock
+        exchange, events = leg.exchange, WholeEvents()
+        leg.streaming = True
+        data = answer.data
+        while True:
+            if data:
+                # A client that reads slowly is not the node's fault: no deadline runs while we wait for it.
+                exchange.deadline = float("inf")
+                if whole := events.cut(data):
+                    await sink.write(whole)
+                leg.expect_more(clock())
+            elif exchange.complete:
+                break
+            elif exchange.error is not None:
+                raise self._broken(leg)
+            else:
+                await self._wake.wait()
+            data = exchange.take()
+        if rest := events.rest():
+            await sink.write(rest)
+        await sink.finish()
+
+    def _broken(self, leg: Leg) -> RouteError:
+        """A stream that stopped in the middle. This is where continuing it on another rank would begin."""
+        error = leg.exchange.error
+        log.warning("request %s: the stream broke: %s", self._request.request_id, error)
+        self._shared.metrics.broken_streams.inc()
+        shared = self._shared
+        shared.registry.suspect(leg.target.node, shared.clock() + shared.config.requests.suspect_s)
+        return RouteError("The decode node failed in the middle of this answer.", status=502, code="stream_broken")
+
+    def _headers(self, head: ResponseHead) -> Headers:
+        """What of the node's headers is the client's business."""
+        return [
+            (name.decode("latin-1"), value.decode("latin-1"))
+            for name, value in head.headers
+            if name not in _NOT_RELAYED
+        ]

@@ -1,0 +1,92 @@
+"""One client request: parsed once, and edited for its legs by splicing a few bytes onto the end of its body."""
+
+import itertools
+from collections.abc import Mapping
+from typing import Any
+
+import orjson
+
+from runtime.errors import RequestError
+
+_numbers = itertools.count(1)
+
+_SESSION_HEADERS = ("x-session-id", "x-user-id", "x-tenant-id")
+_SESSION_FIELDS = ("session_id", "prompt_cache_key", "user", "user_id")
+
+
+class Request:
+    """A request to generate, as it came from a client.
+
+    `fields` is the parsed body; `raw` are its bytes. Editing appends members before the closing brace: in a JSON object
+    the last of several members of one name counts, for orjson and msgspec alike, so a long prompt is never rewritten.
+    """
+
+    __slots__ = ("choices", "fields", "headers", "number", "path", "raw", "request_id", "stream")
+
+    def __init__(self, path: str, headers: Mapping[str, str], raw: bytes, request_id: str, *, max_choices: int) -> None:
+        """`headers` has lower-case names. Raises RequestError when the body is not a JSON object."""
+        self.number = next(_numbers)
+        """Unique in this process, unlike `request_id`."""
+        self.path = path
+        self.headers = headers
+        self.request_id = request_id
+        try:
+            fields = orjson.loads(raw)
+        except orjson.JSONDecodeError as error:
+            raise RequestError(f"The request body is not valid JSON: {error}.") from None
+        if not isinstance(fields, dict):
+            raise RequestError("The request body is not a JSON object.")
+        if "kv_transfer_params" in fields:
+            # Transfers are the router's own; a client must not name one.
+            del fields["kv_transfer_params"]
+            raw = orjson.dumps(fields)
+        self.fields: dict[str, Any] = fields
+        self.raw = raw
+        self.stream = fields.get("stream") is True
+        self.choices = _count_choices(fields, max_choices)
+
+    def with_members(self, members: Mapping[str, Any]) -> list[bytes | memoryview]:
+        """The body with `members` set, in pieces."""
+        if not members:
+            return [self.raw]
+        end = self.raw.rindex(b"}")
+        tail = orjson.dumps(members)
+        comma = b"," if self.fields else b""
+        return [memoryview(self.raw)[:end], comma + tail[1:]]
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt tokens: exact for token ids, otherwise estimated from the size of the body."""
+        prompt = self.fields.get("prompt")
+        if isinstance(prompt, list) and prompt:
+            if isinstance(prompt[0], int):
+                return len(prompt)
+            if isinstance(prompt[0], list):
+                return sum(len(part) for part in prompt if isinstance(part, list))
+        return max(1, len(self.raw) // 4)
+
+    @property
+    def session(self) -> str | None:
+        """What says that this request belongs with others, from headers or body."""
+        for header in _SESSION_HEADERS:
+            if value := self.headers.get(header):
+                return value
+        nested = self.fields.get("session_params")
+        if isinstance(nested, dict) and isinstance(value := nested.get("session_id"), str) and value:
+            return value
+        for field in _SESSION_FIELDS:
+            if isinstance(value := self.fields.get(field), str) and value:
+                return value
+        return None
+
+
+def _count_choices(fields: dict[str, Any], max_choices: int) -> int:
+    """n times the number of prompts: how many transfers the nodes will make of this request."""
+    n = fields.get("n")
+    choices = n if isinstance(n, int) and n > 0 else 1
+    prompt = fields.get("prompt")
+    if isinstance(prompt, list) and prompt and isinstance(prompt[0], str | list):
+        choices *= len(prompt)
+    if choices > max_choices:
+        raise RequestError(f"n: {choices} choices over all prompts, at most {max_choices} are served", param="n")
+    return choices
