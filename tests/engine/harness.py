@@ -48,6 +48,7 @@ class Harness:
         self.engine = Engine(
             self.config, self.shape, self.model, connector=connector, constraints=constraints, parallel=parallel
         )
+        self.connector = connector
         self.tokens = {}
         self.messages = {}
         self.failures = {}
@@ -80,11 +81,16 @@ class Harness:
                     self.others.append(message)
         return said
 
+    @property
+    def is_busy(self):
+        """A worker would call `step` now: there is work, or an event woke it."""
+        return self.engine.has_work or bool(self.connector is not None and self.connector.events)
+
     def run(self, max_steps=2000):
         """Step until nothing is left to do at once."""
         for _ in range(max_steps):
             self.step()
-            if not self.engine.has_work:
+            if not self.is_busy:
                 return self
         raise AssertionError(f"still busy after {max_steps} steps")
 
