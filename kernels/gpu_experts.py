@@ -1,0 +1,136 @@
+"""Routed experts on the GPU: sort, quantise, two grouped GEMMs, combine (specification: kernels.moe.routed_experts).
+
+T tokens, D hidden, I expert width, K experts a token. Numerics of the released program: e4m3 inputs in blocks of 128 of
+both products, the routing weight inside the SwiGLU, outputs of an expert rounded to bf16, their sum in float32.
+Hopper runs kernels/cuda/experts_w4a8.cu on packed weights, anything else the Triton kernels on checkpoint layout.
+Bound: 4.25 bits per weight of every expert hit; from about 64 rows an expert, the FP8 tensor cores.
+"""
+
+from __future__ import annotations
+
+from ctypes import c_float
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kernels import cuda_build
+from kernels.moe import ExpertWeights
+from kernels.packed_experts import STAGE_K, TILE_ROWS, PackedExperts, gate_up_order, pack_experts
+from kernels.triton_expert_rows import (
+    QuantizedRows,
+    combine_rows,
+    quantize_rows,
+    scale_stride,
+    sort_by_expert,
+)
+from kernels.triton_experts import experts_down, experts_up
+
+BLOCK_ROWS = (8, 16, 32, 48, 64, 96, 128)
+"""Rows of one expert a CTA computes together, as compiled in experts_w4a8.cu."""
+
+
+class PackedBank(NamedTuple):
+    """Local experts [first, first + E) for the Hopper kernel."""
+
+    first: int
+    up: PackedExperts
+    down: PackedExperts
+
+
+def pack_bank(weights: ExpertWeights) -> PackedBank:
+    """Re-orders FP4 experts. Raises ValueError where packing would not be exact (packed_experts)."""
+    if weights.w13_scale is None or weights.w2_scale is None:
+        raise ValueError("only FP4 experts can be packed")
+    order = gate_up_order(weights.w13.shape[1] // 2, weights.w13.device)
+    return PackedBank(
+        weights.first, pack_experts(weights.w13, weights.w13_scale, order), pack_experts(weights.w2, weights.w2_scale)
+    )
+
+
+def block_rows_for(num_tokens: int, topk: int, total_experts: int) -> int:
+    """Rows a CTA computes together: the mean of an expert's rows under even routing plus two standard deviations, so
+    that nearly every expert's weights are read once."""
+    mean = num_tokens * topk / total_experts
+    wanted = mean + 2 * mean**0.5
+    return next((size for size in BLOCK_ROWS if size >= wanted), BLOCK_ROWS[-1])
+
+
+def _launch(
+    up: bool,
+    block_rows: int,
+    rows: QuantizedRows,
+    matrix: PackedExperts,
+    offsets_E: Tensor,
+    output: Tensor,
+    output_scale: Tensor | None = None,
+    route_weight_R: Tensor | None = None,
+    limit: float = 0.0,
+) -> None:
+    experts, tiles, stages, _ = matrix.data.shape
+    codes = rows.codes_RD
+    if codes.shape[1] != stages * STAGE_K:
+        raise ValueError(f"rows have {codes.shape[1]} channels, the experts {stages * STAGE_K}")
+    library = cuda_build.load("experts_w4a8")
+    grid = torch.cuda.get_device_properties(codes.device).multi_processor_count
+
+    address = cuda_build.address
+    error = library.experts_w4a8(
+        int(up), block_rows, address(codes), address(rows.scales_GR), codes.shape[0], stages, rows.scales_GR.stride(0),
+        address(matrix.data), address(matrix.row_scale), address(offsets_E), address(route_weight_R), address(output),
+        address(output_scale), experts, tiles, c_float(limit), grid, cuda_build.stream(codes.device),
+    )  # fmt: skip
+    cuda_build.check(error, f"experts_w4a8({'up' if up else 'down'}, block_rows={block_rows})")
+
+
+def packed_up(
+    rows: QuantizedRows, matrix: PackedExperts, offsets_E: Tensor, route_weight_R: Tensor, limit: float, block_rows: int
+) -> QuantizedRows:
+    """As triton_experts.experts_up, on packed weights."""
+    num_rows, width = rows.codes_RD.shape[0], matrix.row_scale.shape[1] // 2
+    h = torch.empty(num_rows, width, dtype=torch.float8_e4m3fn, device=rows.codes_RD.device)
+    h_scale = torch.empty(width // STAGE_K, scale_stride(num_rows), dtype=torch.float32, device=h.device)
+    if num_rows:
+        _launch(True, block_rows, rows, matrix, offsets_E, h, h_scale, route_weight_R, limit)
+    return QuantizedRows(h, h_scale)
+
+
+def packed_down(rows: QuantizedRows, matrix: PackedExperts, offsets_E: Tensor, block_rows: int) -> Tensor:
+    """As triton_experts.experts_down, on packed weights."""
+    num_rows, hidden = rows.codes_RD.shape[0], matrix.row_scale.shape[1]
+    y = torch.empty(num_rows, hidden, dtype=torch.bfloat16, device=rows.codes_RD.device)
+    if num_rows:
+        _launch(False, block_rows, rows, matrix, offsets_E, y)
+    return y
+
+
+def fits_hopper(weights: ExpertWeights) -> bool:
+    """Whether these shapes and this machine can run the packed kernel."""
+    try:
+        cuda_build.load("experts_w4a8")
+    except cuda_build.CudaUnavailable:
+        return False
+    rows, hidden = weights.w13.shape[1], weights.w2.shape[1]
+    return bool(rows % TILE_ROWS == 0 and hidden % TILE_ROWS == 0)
+
+
+def routed_experts_gpu(
+    x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, bank: ExpertWeights | PackedBank, *, limit: float,
+    block_rows: int, shared_TD: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """x bf16 [T, D]; experts int [T, K]; weights float32 [T, K]. -> float32 [T, D] sum over local experts, or bf16 with
+    the shared expert's output added. `block_rows`: see block_rows_for; it changes speed, never a bit of the result."""
+    num_local = bank.up.data.shape[0] if isinstance(bank, PackedBank) else bank.w13.shape[0]
+    rows = sort_by_expert(experts_TK, bank.first, num_local)
+    inputs, route_weight = quantize_rows(x_TD, weights_TK, rows)
+    if isinstance(bank, PackedBank):
+        hidden = packed_up(inputs, bank.up, rows.offsets_E, route_weight, limit, block_rows)
+        y = packed_down(hidden, bank.down, rows.offsets_E, block_rows)
+    else:
+        assert bank.w13_scale is not None
+        assert bank.w2_scale is not None
+        tile = min(max(block_rows, 16), 64)
+        tile = 1 << (tile - 1).bit_length()
+        hidden = experts_up(inputs, bank.w13, bank.w13_scale, rows.offsets_E, route_weight, limit, tile)
+        y = experts_down(hidden, bank.w2, bank.w2_scale, rows.offsets_E, tile)
+    return combine_rows(y, rows, shared_TD)
