@@ -83,6 +83,13 @@ class Tokenizer:
         """The id of a vocabulary entry or control token, by its exact spelling."""
         return self._vocabulary.get(token)
 
+    def id_of(self, marker: str) -> int:
+        """The id of a control token. Raises RequestError for an optional one that this tokenizer lacks."""
+        try:
+            return self._added[marker]
+        except KeyError:
+            raise RequestError(f"this model's tokenizer has no token {marker}") from None
+
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes of one token; empty for an id outside the vocabulary."""
         return join_bytes(self.bytes_of, (token_id,))
@@ -104,7 +111,7 @@ class Tokenizer:
         parts: list[int | str] = []
         for text, is_marker in segments:
             if is_marker:
-                parts.append(self._marker_id(text))
+                parts.append(self.id_of(text))
             elif self._cuttable:
                 parts.extend(pieces(text, PIECE_CHARS))
             elif text:
@@ -139,12 +146,6 @@ class Tokenizer:
     def close(self) -> None:
         """End the encoding threads."""
         self._threads.shutdown(wait=False, cancel_futures=True)
-
-    def _marker_id(self, marker: str) -> int:
-        try:
-            return self._added[marker]
-        except KeyError:
-            raise RequestError(f"this model's tokenizer has no token {marker}") from None
 
     def _split_added(self, text: str) -> list[Segment]:
         segments: list[Segment] = []

@@ -22,7 +22,10 @@ def load(name: str) -> dict[str, Any]:
 
 def decided(name: str, vector: Mapping[str, Any]) -> dict[str, Any]:
     """What we expect of a vector: its own expectation, or the decision written beside it."""
-    return DECISIONS.get(name, {}).get(vector["name"], vector["expected"])
+    decision = DECISIONS.get(name, {}).get(vector["name"])
+    if decision is None:
+        return vector["expected"]
+    return {key: value for key, value in decision.items() if key != "reason"}
 
 
 def chat_request(body: Mapping[str, Any], profile: EffortProfile) -> ChatRequest:
