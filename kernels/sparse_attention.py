@@ -2,7 +2,8 @@
 
 T tokens, H heads, D channels, W window, K listed entries, B requests. The shared vector of a row is key and value.
 Window rows of earlier passes are read from the slot's ring (row = position mod W), rows of this pass from `chunk`, in
-the same packed format, so a token sees the same bits whether its neighbours came in its own pass or earlier. `selected_TK` lists entry numbers of the token's request, -1 = none; order does not matter.
+the same packed format, so a token sees the same bits whether its neighbours came in its own pass or earlier.
+`selected_TK` lists entry numbers of the token's request, -1 = none; order does not matter.
 
     logit[h, k] = q_h . key_k * scale
     out_h = sum_k exp(logit - m) key_k / (sum_k exp(logit - m) + exp(sink_h - m))

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from model.errors import ConfigError
+from runtime.errors import ConfigError
 
 LayerKind = Literal["swa", "csa", "hca"]
 

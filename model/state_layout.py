@@ -17,7 +17,7 @@ from typing import Literal
 import msgspec
 
 from model.config import CSA_RATIO, ModelConfig
-from model.errors import ConfigError
+from runtime.errors import ConfigError
 
 RowFormat = Literal["fp8", "bf16", "f32"]
 IndexFormat = Literal["mxfp4", "fp8", "bf16", "f32"]

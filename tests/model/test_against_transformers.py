@@ -12,8 +12,8 @@ from tests.model.oracle import oracle_model
 TOLERANCE = 1e-4
 YARN = RopeScaling(factor=16.0, original_max_position_embeddings=64, beta_fast=4.0)
 
-# Scores of a few index heads are exactly zero together, and no reference defines which of the tied entries to take. With
-# 4 heads every candidate is taken; with 16 no tie occurs.
+# Scores of a few index heads are exactly zero together, and no reference defines which of the tied entries to take.
+# With 4 heads every candidate is taken; with 16 no tie occurs.
 CONFIGS = {
     "tiny": {},
     "window 8, HCA 8, no YaRN": {
