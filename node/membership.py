@@ -189,28 +189,27 @@ class _Attachment:
         self._membership = membership
         self._config = membership._config
         self._last_failure = ""
+        self._pause_s = self._config.first_retry_s
 
     async def run(self) -> None:
-        pause_s = self._config.first_retry_s
         while True:
             try:
                 await self._attach()
-                failure, pause_s = "the router ended the stream", self._config.first_retry_s
+                failure = "the router ended the stream"
             except _Refused as refusal:
-                failure, pause_s = f"refused: {refusal}", self._config.max_retry_s
+                failure, self._pause_s = f"refused: {refusal}", self._config.max_retry_s
             except TimeoutError:
                 failure = f"no answer within {self._config.connect_s:g} s"
             except (grpc.RpcError, grpc.aio.BaseError) as error:
                 details = error.details() if isinstance(error, grpc.aio.AioRpcError) else repr(error)
                 failure = details or "the stream broke"
-            if self.welcomed:
-                pause_s = self._config.first_retry_s
-            self.welcomed = False
+            finally:
+                self.welcomed = False
             if failure != self._last_failure:
                 log.warning("router %s: %s; trying again", self.router, failure)
                 self._last_failure = failure
-            await asyncio.sleep(pause_s * random.uniform(0.5, 1.0))
-            pause_s = min(2 * pause_s, self._config.max_retry_s)
+            await asyncio.sleep(self._pause_s * random.uniform(0.5, 1.0))
+            self._pause_s = min(2 * self._pause_s, self._config.max_retry_s)
 
     async def _attach(self) -> None:
         """One stream from Join to its end. Returns when the router ends it."""
@@ -233,6 +232,7 @@ class _Attachment:
 
     def _greet(self) -> None:
         self._last_failure = ""
+        self._pause_s = self._config.first_retry_s
         self.outbox = asyncio.Queue()
         for message in self._membership.greeting():
             self.outbox.put_nowait(message)

@@ -28,11 +28,13 @@ class Verdict(enum.Enum):
 class Answer:
     """The response on one leg until the client may have it. After GOOD, more of a stream comes from the exchange."""
 
-    __slots__ = ("_data", "failure", "leg", "streamed")
+    __slots__ = ("_data", "_held", "failure", "leg", "streamed")
 
     def __init__(self, leg: Leg) -> None:
         self.leg = leg
         self._data = b""
+        self._held = b""
+        """Events that open a stream without a token in it: kept back, so that another node may still answer."""
         self.streamed = False
         """It is a stream of events."""
         self.failure: Failure | None = None
@@ -45,7 +47,7 @@ class Answer:
     @property
     def data(self) -> bytes:
         """The body so far; of a stream, its first events without keep-alive comments."""
-        return self._data
+        return self._held + self._data if self._held else self._data
 
     def look(self) -> Verdict:
         """Judge what is here now. Call again after every change until it is not WAITING or KEEP_ALIVE."""
@@ -73,8 +75,8 @@ class Answer:
     def _look_at_events(self) -> Verdict:
         data = self._data
         if data.endswith(KEEP_ALIVE):
-            # What precedes it opens the stream but holds no token: kept back, so that another node may still answer.
-            self._data = data.replace(KEEP_ALIVE, b"")
+            self._held += data.replace(KEEP_ALIVE, b"")
+            self._data = b""
             return Verdict.KEEP_ALIVE
         complete = self.leg.exchange.complete
         if b"\n\n" not in data and b"\r\n\r\n" not in data and not complete:

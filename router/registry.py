@@ -82,7 +82,7 @@ class Node:
 
 
 class Registry:
-    """All attached nodes, in the order they joined."""
+    """All attached nodes."""
 
     def __init__(self, *, model: str | None = None) -> None:
         self._model = model
@@ -102,7 +102,7 @@ class Registry:
         return self._nodes.get(node_id)
 
     def targets(self, role: Role) -> tuple[Target, ...]:
-        """Every usable rank of this role: nodes in the order they joined, ranks in order."""
+        """Every usable rank of this role: nodes by id, so that every router has the same order; then ranks."""
         return self._usable[role]
 
     def any_node(self, now: float) -> Node | None:
@@ -212,7 +212,7 @@ class Registry:
         for role in Role:
             self._usable[role] = tuple(
                 target
-                for node in self._nodes.values()
+                for _, node in sorted(self._nodes.items())
                 if node.info.role is role and node.usable
                 for target in node.targets
             )
