@@ -26,6 +26,8 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     num_ranks: int = 1
     created: int = 0
     """Unix time of the start."""
+    checkpoint: str = ""
+    """The checkpoint's directory, whose encoder tells which generation of the prompt format it was trained on."""
     version: str = "0.1.0"
 
 

@@ -1,6 +1,5 @@
 """The `api` section of a node's YAML: what the HTTP surface may be told."""
 
-from pathlib import Path
 from typing import Literal
 
 import msgspec
@@ -14,7 +13,7 @@ class ApiSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
     api_keys: tuple[str, ...] = ()
     """Accepted keys, plain or as `sha256:<64 hex digits>`. Empty here and in the file: no key is asked for."""
-    api_keys_file: Path | None = None
+    api_keys_file: str | None = None
     """One key a line, in the same two forms; `#` begins a comment."""
 
     cors_allow_origins: tuple[str, ...] = ()
@@ -41,7 +40,7 @@ class ApiSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     default_max_tokens: int | None = None
     """Tokens a chat request may generate when it names no bound. None: all the context that is left."""
     max_logprobs: int = 20
-    """Largest `top_logprobs`, `logprobs` and `prompt_logprobs` a request may ask for; -1 allows the whole vocabulary."""
+    """Largest `top_logprobs`, `logprobs` and `prompt_logprobs` of a request; -1 allows the whole vocabulary."""
     max_choices: int = 128
     """Largest `n` times number of prompts in one request."""
     max_stop_strings: int = 64

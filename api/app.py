@@ -1,0 +1,63 @@
+"""The HTTP surface of a node: every route, and what surrounds them."""
+
+import logging
+
+from aiohttp import web
+from prometheus_client import CollectorRegistry
+
+from api import openai_chat, openai_completions, probes
+from api.auth import ApiKeys
+from api.backend import EngineClient
+from api.context import CONTEXT, Context
+from api.metrics import ApiMetrics
+from api.middleware import around, on_prepare
+from api.settings import ApiSettings
+from api.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
+
+
+def build_app(
+    engine: EngineClient, tokenizer: Tokenizer, settings: ApiSettings, registry: CollectorRegistry
+) -> web.Application:
+    """The application of one API process. Raises ConfigError for settings that cannot be used."""
+    model_name = (settings.served_model_name or (engine.info.model_id,))[0]
+    context = Context(engine, tokenizer, settings, ApiMetrics(engine, model_name, registry))
+    app = web.Application(
+        middlewares=[around(ApiKeys.from_settings(settings))],
+        client_max_size=settings.max_body_bytes,
+        # A client that goes away cancels its handler, and with it everything the request holds.
+        handler_args={"handler_cancellation": True},
+    )
+    app[CONTEXT] = context
+    app[probes.REGISTRY] = registry
+    app.on_response_prepare.append(on_prepare(settings))
+    add_routes(app)
+    if engine.info.max_model_len < settings.think_max_context:
+        log.warning(
+            "Think Max asks for a context of %d tokens, this server has %d: such requests get %s",
+            settings.think_max_context,
+            engine.info.max_model_len,
+            "a warning header" if settings.think_max_policy == "warn" else "an error",
+        )
+    return app
+
+
+def add_routes(app: web.Application) -> None:
+    router = app.router
+    for path, probe in (
+        ("/health", probes.health),
+        ("/ping", probes.health),
+        ("/version", probes.version),
+        ("/metrics", probes.metrics),
+        ("/load", probes.load),
+        ("/v1/models", probes.models),
+        ("/v1/models/{model:.+}", probes.model),
+    ):
+        router.add_get(path, probe)
+    for path, handler in (
+        ("/ping", probes.health),
+        ("/v1/chat/completions", openai_chat.chat_completions),
+        ("/v1/completions", openai_completions.completions),
+    ):
+        router.add_post(path, handler)

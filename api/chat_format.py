@@ -1,0 +1,241 @@
+"""The response of /v1/chat/completions, whole and as events."""
+
+import secrets
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import msgspec
+import orjson
+
+from api.chat_output import ChatOutput
+from api.errors import Problem
+from api.logprobs import TokenNames, chat_logprobs, prompt_logprobs
+from api.parse_events import ContentDelta, Event, ReasoningDelta, ToolArgumentsDelta, ToolCallStart
+from api.reader import Reader
+from api.sse import DONE
+from api.text_output import Piece
+from runtime.requests import Submit, Tokens
+
+
+class ChatShape(msgspec.Struct, frozen=True, kw_only=True):
+    """What the caller wants to see."""
+
+    response_id: str
+    created: int
+    model: str
+    names: TokenNames
+    reasoning_fields: tuple[str, ...]
+    include_reasoning: bool = True
+    parallel_tool_calls: bool = True
+    named_tool: bool = False
+    """A tool was forced by name: its call ends with "stop", as in OpenAI's API."""
+    num_logprobs: int | None = None
+    num_prompt_logprobs: int | None = None
+    include_usage: bool = False
+    continuous_usage: bool = False
+    return_token_ids: bool = False
+    prompt_text: str | None = None
+    """The rendered prompt, where the caller asked for it."""
+
+
+def new_call_id() -> str:
+    return f"call_{secrets.token_hex(12)}"
+
+
+class _Choice:
+    """What one choice has shown so far."""
+
+    def __init__(self, output: ChatOutput) -> None:
+        self.output = output
+        self.num_calls = 0
+        self.reasoning: list[str] = []
+        self.content: list[str] = []
+        self.calls: list[dict[str, Any]] = []
+        self.logprobs: list[dict[str, Any]] = []
+        self.token_ids: list[int] = []
+        self.finish_reason: str | None = None
+        self.stop_reason: str | int | None = None
+
+
+class ChatResponse:
+    """Turns tokens into messages. `outputs`: those that the reader feeds, one per choice."""
+
+    def __init__(
+        self, reader: Reader, submits: Sequence[Submit], outputs: Sequence[ChatOutput], shape: ChatShape
+    ) -> None:
+        self._reader = reader
+        self._shape = shape
+        self._prompt_ids = submits[0].prompt_ids
+        self._choices = [_Choice(output) for output in outputs]
+        self._prompt_logprobs: list[dict[str, dict[str, Any]] | None] | None = None
+        head = {
+            "id": shape.response_id,
+            "object": "chat.completion.chunk",
+            "created": shape.created,
+            "model": shape.model,
+        }
+        # Everything of a chunk before its `choices` is the same every time.
+        self._head = b"data: %b," % orjson.dumps(head)[:-1]
+
+    def _read(self, arrived: Sequence[tuple[int, Tokens]]) -> Iterator[tuple[int, _Choice, list[Event], Piece]]:
+        shape = self._shape
+        for number, tokens, piece in self._reader.read(arrived):
+            choice = self._choices[number]
+            if not shape.include_reasoning and (choice.output.in_reasoning or piece.num_reasoning):
+                piece = msgspec.structs.replace(piece, logprobs=(), token_ids=())
+            if shape.num_prompt_logprobs is not None and tokens.prompt_logprobs is not None:
+                self._prompt_logprobs = prompt_logprobs(tokens.prompt_logprobs, shape.names, shape.num_prompt_logprobs)
+            shown = [event for event in piece.events if self._shows(event)]
+            choice.num_calls += sum(isinstance(event, ToolCallStart) for event in shown)
+            if piece.finish_reason is not None:
+                choice.stop_reason = piece.stop_reason
+                choice.finish_reason = self._finish_reason(choice, piece)
+            yield number, choice, shown, piece
+
+    def _shows(self, event: Event) -> bool:
+        if isinstance(event, ReasoningDelta):
+            return self._shape.include_reasoning
+        if isinstance(event, ToolCallStart | ToolArgumentsDelta):
+            return self._shape.parallel_tool_calls or event.index == 0
+        return isinstance(event, ContentDelta)
+
+    def _finish_reason(self, choice: _Choice, piece: Piece) -> str:
+        assert piece.finish_reason is not None
+        ended_by_itself = piece.finish_reason == "stop" and piece.stop_reason is None
+        if ended_by_itself and choice.num_calls and not self._shape.named_tool:
+            return "tool_calls"
+        return piece.finish_reason
+
+    # As events
+
+    def start(self) -> bytes:
+        """The role, once per choice."""
+        prompt = b""
+        if self._shape.return_token_ids:
+            prompt += b',"prompt_token_ids":%b' % orjson.dumps(self._prompt_ids)
+        if self._shape.prompt_text is not None:
+            prompt += b',"prompt_text":%b' % orjson.dumps(self._shape.prompt_text)
+        return b"".join(
+            b'%b"choices":[{"index":%d,"delta":{"role":"assistant","content":""},"logprobs":null,'
+            b'"finish_reason":null}]%b}\n\n' % (self._head, number, prompt)
+            for number in range(len(self._choices))
+        )
+
+    def feed(self, arrived: Sequence[tuple[int, Tokens]]) -> bytes:
+        return b"".join(
+            self._chunks(number, choice, events, piece) for number, choice, events, piece in self._read(arrived)
+        )
+
+    def _chunks(self, number: int, choice: _Choice, events: Sequence[Event], piece: Piece) -> bytes:
+        """One step's chunks: a delta per kind of event, logprobs on the first, the finish reason on the last."""
+        shape = self._shape
+        deltas = list(self._deltas(choice, events))
+        logprobs = b"null"
+        if shape.num_logprobs is not None and piece.logprobs:
+            content = chat_logprobs(piece.logprobs, shape.names, shape.num_logprobs)
+            logprobs = orjson.dumps({"content": content})
+        token_ids = b',"token_ids":%b' % orjson.dumps(list(piece.token_ids)) if shape.return_token_ids else b""
+        if not deltas:
+            if choice.finish_reason is None and logprobs == b"null" and not (token_ids and piece.token_ids):
+                return b""
+            deltas.append(b"{}")
+        usage = b',"usage":%b' % orjson.dumps(self._reader.usage.openai()) if shape.continuous_usage else b""
+        finish = b"null"
+        frames = []
+        last = len(deltas) - 1
+        for position, delta in enumerate(deltas):
+            if position == last and choice.finish_reason is not None:
+                finish = orjson.dumps(choice.finish_reason) + b',"stop_reason":%b' % orjson.dumps(choice.stop_reason)
+            frames.append(
+                b'%b"choices":[{"index":%d,"delta":%b,"logprobs":%b,"finish_reason":%b%b}]%b}\n\n'
+                % (self._head, number, delta, logprobs, finish, token_ids, usage)
+            )
+            logprobs, token_ids = b"null", b""
+        return b"".join(frames)
+
+    def _deltas(self, choice: _Choice, events: Sequence[Event]) -> Iterator[bytes]:
+        for event in events:
+            if isinstance(event, ContentDelta):
+                yield b'{"content":%b}' % orjson.dumps(event.text)
+            elif isinstance(event, ReasoningDelta):
+                text = orjson.dumps(event.text)
+                yield b"{%b}" % b",".join(b'"%b":%b' % (name.encode(), text) for name in self._shape.reasoning_fields)
+            elif isinstance(event, ToolCallStart):
+                function = {"name": event.name, "arguments": ""}
+                call = {"index": event.index, "id": new_call_id(), "type": "function", "function": function}
+                yield orjson.dumps({"tool_calls": [call]})
+            elif isinstance(event, ToolArgumentsDelta):
+                piece = {"index": event.index, "function": {"arguments": event.text}}
+                yield orjson.dumps({"tool_calls": [piece]})
+
+    def end(self) -> bytes:
+        if not self._shape.include_usage:
+            return DONE
+        usage = orjson.dumps(self._reader.usage.openai())
+        return b'%b"choices":[],"usage":%b}\n\n' % (self._head, usage) + DONE
+
+    def error(self, problem: Problem) -> bytes:
+        return b"data: %b\n\n" % orjson.dumps(problem.body()) + DONE
+
+    # Whole
+
+    async def collect(self) -> dict[str, Any]:
+        """Read to the end and answer the JSON body."""
+        generation = self._reader.generation
+        while generation.running:
+            for _, choice, events, piece in self._read(await generation.wait()):
+                self._keep(choice, events, piece)
+        shape = self._shape
+        body: dict[str, Any] = {
+            "id": shape.response_id,
+            "object": "chat.completion",
+            "created": shape.created,
+            "model": shape.model,
+            "choices": [self._whole(number, choice) for number, choice in enumerate(self._choices)],
+            "usage": self._reader.usage.openai(),
+            "prompt_logprobs": self._prompt_logprobs,
+        }
+        if shape.return_token_ids:
+            body["prompt_token_ids"] = list(self._prompt_ids)
+        if shape.prompt_text is not None:
+            body["prompt_text"] = shape.prompt_text
+        return body
+
+    def _keep(self, choice: _Choice, events: Sequence[Event], piece: Piece) -> None:
+        for event in events:
+            if isinstance(event, ContentDelta):
+                choice.content.append(event.text)
+            elif isinstance(event, ReasoningDelta):
+                choice.reasoning.append(event.text)
+            elif isinstance(event, ToolCallStart):
+                function = {"name": event.name, "arguments": ""}
+                choice.calls.append({"id": new_call_id(), "type": "function", "function": function})
+            elif isinstance(event, ToolArgumentsDelta):
+                choice.calls[event.index]["function"]["arguments"] += event.text
+        if self._shape.num_logprobs is not None:
+            choice.logprobs += chat_logprobs(piece.logprobs, self._shape.names, self._shape.num_logprobs)
+        if self._shape.return_token_ids:
+            choice.token_ids += piece.token_ids
+
+    def _whole(self, number: int, choice: _Choice) -> dict[str, Any]:
+        content = "".join(choice.content)
+        message: dict[str, Any] = {
+            "role": "assistant",
+            "content": None if choice.calls and not content else content,
+            "refusal": None,
+        }
+        reasoning = "".join(choice.reasoning) or None
+        for name in self._shape.reasoning_fields:
+            message[name] = reasoning
+        if choice.calls:
+            message["tool_calls"] = choice.calls
+        whole: dict[str, Any] = {
+            "index": number,
+            "message": message,
+            "logprobs": None if self._shape.num_logprobs is None else {"content": choice.logprobs},
+            "finish_reason": choice.finish_reason,
+            "stop_reason": choice.stop_reason,
+        }
+        if self._shape.return_token_ids:
+            whole["token_ids"] = choice.token_ids
+        return whole

@@ -1,0 +1,73 @@
+"""Reads what the engine generates for one HTTP request: to text, counted, timed, stopped at stop strings."""
+
+import asyncio
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+from api.context import Context
+from api.generation import Generation
+from api.metrics import RequestTimer
+from api.submission import Submission
+from api.text_output import Piece
+from api.usage import Usage
+from runtime.requests import Tokens
+
+
+class Output(Protocol):
+    """One choice's way from tokens to text: `TextOutput` or `ChatOutput`."""
+
+    def feed(self, tokens: Tokens) -> Piece: ...
+
+
+class Reader:
+    """The choices of one request, numbered as they were submitted; `outputs` has one entry for each."""
+
+    def __init__(
+        self,
+        context: Context,
+        submission: Submission,
+        generation: Generation,
+        outputs: Sequence[Output],
+        *,
+        rank: int,
+        arrived: float,
+    ) -> None:
+        self.generation = generation
+        self.usage = Usage(submission.num_prompt_tokens, submission.choices_per_prompt)
+        self._clock = asyncio.get_running_loop().time
+        self._prompt_lengths = [len(submit.prompt_ids) for submit in submission.submits]
+        self._outputs: list[Output | None] = list(outputs)
+        self._timers = [RequestTimer(context.metrics, rank, arrived) for _ in submission.submits]
+        context.metrics.observe("request_params_n", rank, submission.choices_per_prompt)
+        context.metrics.observe("request_params_max_tokens", rank, submission.submits[0].sampling.max_tokens)
+
+    def read(self, arrived: Sequence[tuple[int, Tokens]]) -> Iterator[tuple[int, Tokens, Piece]]:
+        """What one wake-up brought. A choice that a stop string ended is stopped in the engine too."""
+        now = self._clock()
+        for number, tokens in arrived:
+            output = self._outputs[number]
+            if output is None:
+                continue
+            piece = output.feed(tokens)
+            self.usage.prompt_seen(number, tokens)
+            self.usage.completion_tokens += len(piece.token_ids)
+            self.usage.reasoning_tokens += piece.num_reasoning
+            self._timers[number].tokens(len(piece.token_ids), now)
+            if piece.finish_reason is not None:
+                self._end(number, piece)
+            yield number, tokens, piece
+
+    def _end(self, number: int, piece: Piece) -> None:
+        assert piece.finish_reason is not None
+        self._outputs[number] = None
+        if piece.stopped_early:
+            self.generation.stop(number)
+        cached = self.usage.cached_of(number)
+        self._timers[number].end(piece.finish_reason, self._prompt_lengths[number], cached)
+
+    def close(self) -> None:
+        """The request is over, in whatever way: choices without an end count as aborted."""
+        for number, output in enumerate(self._outputs):
+            if output is not None:
+                self._outputs[number] = None
+                self._timers[number].end("abort", self._prompt_lengths[number], self.usage.cached_of(number))

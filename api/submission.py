@@ -1,0 +1,94 @@
+"""A validated request to what the engine is asked: one `Submit` per choice."""
+
+import asyncio
+import uuid
+from collections.abc import Sequence
+
+import msgspec
+
+from api.context import Context
+from api.handoff import Leg
+from api.sampling import LogprobsWanted, bad_words, resolve_max_tokens, sampling_params
+from api.schema import SamplingBody
+from runtime.requests import Submit
+
+
+class Submission(msgspec.Struct, frozen=True, kw_only=True):
+    """What is generated for one HTTP request. Choices are numbered prompt by prompt."""
+
+    response_id: str
+    submits: tuple[Submit, ...]
+    choices_per_prompt: int
+
+    @property
+    def num_prompt_tokens(self) -> list[int]:
+        return [len(submit.prompt_ids) for submit in self.submits[:: self.choices_per_prompt]]
+
+
+def response_id(prefix: str, asked: str | None, header: str) -> str:
+    """`chatcmpl-<id>`, where the id is the one of the body, else the one of the request."""
+    base = asked or header
+    return base if base.startswith(f"{prefix}-") else f"{prefix}-{base}"
+
+
+def truncated(ids: Sequence[int], body: SamplingBody, max_model_len: int) -> tuple[int, ...]:
+    """The prompt, or its last `truncate_prompt_tokens` tokens (-1: as many as leave room for an answer)."""
+    keep = body.truncate_prompt_tokens
+    if keep is None:
+        return tuple(ids)
+    if keep == -1:
+        keep = max(1, max_model_len - (body.max_tokens or 1))
+    return tuple(ids[-keep:])
+
+
+async def build_submission(
+    context: Context,
+    body: SamplingBody,
+    *,
+    response_id: str,
+    prompts: Sequence[tuple[int, ...]],
+    prompt_param: str,
+    leg: Leg,
+    wanted: LogprobsWanted,
+    max_tokens: int | None,
+    max_tokens_param: str = "max_tokens",
+    default_max_tokens: int | None = None,
+    constraint: bytes | None = None,
+) -> Submission:
+    """Resolve everything that depends on the prompts. Raises RequestError before anything is submitted."""
+    words = body.bad_words or ()
+    bad_word_ids = await asyncio.to_thread(bad_words, words, context.tokenizer) if words else ()
+    choices = body.n or 1
+    num_choices = len(prompts) * choices
+    # Two live requests may carry the same id; inside the engine each has its own.
+    unique = f"{response_id}-{uuid.uuid4().hex[:8]}"
+    submits = []
+    for prompt, ids in enumerate(prompts):
+        limit = resolve_max_tokens(
+            max_tokens,
+            len(ids),
+            context.info.max_model_len,
+            default=default_max_tokens,
+            param=max_tokens_param,
+            prompt_param=prompt_param,
+        )
+        for choice in range(choices):
+            number = prompt * choices + choice
+            submits.append(
+                Submit(
+                    request_id=f"{unique}-{number}",
+                    prompt_ids=ids,
+                    sampling=sampling_params(
+                        body,
+                        vocab_size=context.info.vocab_size,
+                        max_tokens=limit,
+                        wanted=wanted,
+                        bad_word_ids=bad_word_ids,
+                        choice=choice,
+                        constraint=constraint,
+                    ),
+                    handoff=leg.handoff(number, num_choices),
+                    priority=body.priority or 0,
+                )
+            )
+    return Submission(response_id=response_id, submits=tuple(submits), choices_per_prompt=choices)
