@@ -18,13 +18,12 @@ from kernels import cuda_build
 from kernels.moe import ExpertWeights
 from kernels.packed_experts import STAGE_K, TILE_ROWS, PackedExperts, gate_up_order, pack_experts
 from kernels.triton_expert_rows import (
-    QuantizedRows,
     combine_rows,
     quantize_rows,
-    scale_stride,
     sort_by_expert,
 )
 from kernels.triton_experts import experts_down, experts_up
+from kernels.triton_quantize import QuantizedRows, scale_stride
 
 BLOCK_ROWS = (8, 16, 32, 48, 64, 96, 128)
 """Rows of one expert a CTA computes together, as compiled in experts_w4a8.cu."""

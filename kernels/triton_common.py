@@ -56,11 +56,14 @@ def dot_operand(x, INTERPRET: tl.constexpr):
 @triton.jit
 def to_e4m3(x, INTERPRET: tl.constexpr):
     """float32 of at most 448 -> e4m3, to nearest even. The interpreter's own cast mishandles carries and subnormals, so
-    there the value is first rounded to the format's grid: three mantissa bits, or multiples of 2^-9 below 2^-6."""
+    there the code is built: three mantissa bits rounded on the integer, or a multiple of 2^-9 below 2^-6."""
     if INTERPRET:
-        bits = x.to(tl.int32, bitcast=True)
-        normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & -1048576).to(tl.float32, bitcast=True)
-        subnormal = (x + 24576.0) - 24576.0
-        return tl.where(tl.abs(x) < 0.015625, subnormal, normal).to(tl.float8e4nv)
+        magnitude = tl.abs(x)
+        bits = magnitude.to(tl.int32, bitcast=True)
+        normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - (120 << 3)
+        subnormal = ((magnitude + 24576.0) - 24576.0) * 512.0
+        code = tl.where(magnitude < 0.015625, subnormal.to(tl.int32), normal)
+        code |= (x.to(tl.int32, bitcast=True) >> 24) & 128
+        return code.to(tl.uint8).to(tl.float8e4nv, bitcast=True)
     else:
         return x.to(tl.float8e4nv)

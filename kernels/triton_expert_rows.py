@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.triton_common import INTERPRET, power_of_two_scale, to_bf16, to_e4m3
+from kernels.triton_quantize import QuantizedRows, scale_stride
 
 GROUP = 128
 ENTRIES = 1024
@@ -27,19 +28,6 @@ class ExpertRows(NamedTuple):
     """int32 [E + 1]: rows of expert e are offsets[e] .. offsets[e + 1]."""
     row_TK: Tensor
     """int32: row of each choice, -1 where its expert lives elsewhere."""
-
-
-class QuantizedRows(NamedTuple):
-    """e4m3 rows with a power-of-two scale per 128 channels."""
-
-    codes_RD: Tensor
-    scales_GR: Tensor
-    """float32 [D / 128, R rounded up to 4]."""
-
-
-def scale_stride(num_rows: int) -> int:
-    """Row stride of a scale table: the copy engine wants multiples of 16 bytes."""
-    return max(4, -(-num_rows // 4) * 4)
 
 
 @triton.jit

@@ -1,6 +1,6 @@
 """Routed experts with MXFP4 weights in Triton, from checkpoint layout: what runs where experts_w4a8.cu cannot.
 
-Rows are e4m3 with scales per 128 channels (kernels/triton_expert_rows.py), weights e2m1 with scales per 32; products
+Rows are e4m3 with scales per 128 channels (kernels/triton_quantize.py), weights e2m1 with scales per 32; products
 run in bf16, where both are exact, and accumulate in float32 per 128 channels. A program owns one expert's tile of
 weight rows and walks the expert's rows, so weights cross the memory bus once when an expert has at most ROWS rows.
 """
@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.triton_common import INTERPRET, dot_operand, from_exponent_byte, power_of_two_scale, to_bf16, to_e4m3
-from kernels.triton_expert_rows import QuantizedRows, scale_stride
+from kernels.triton_quantize import QuantizedRows, scale_stride
 
 
 @triton.jit
