@@ -34,8 +34,7 @@ class BatchBuilder:
     On a CPU the tensors alias those arrays and `Rows`: they are good for one forward pass, before either changes.
     """
 
-    def __init__(self, max_tokens: int, max_requests: int, page_tokens: int, device: torch.device) -> None:
-        self._page_tokens = page_tokens
+    def __init__(self, max_tokens: int, max_requests: int, device: torch.device) -> None:
         self._device = device
         self._token_ids: NDArray[np.int64] = np.zeros(max_tokens, np.int64)
         self._positions: NDArray[np.int64] = np.zeros(max_tokens, np.int64)

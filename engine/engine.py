@@ -8,7 +8,6 @@ All methods belong to the step thread. Between two steps every page and slot is 
 lent to a transfer; `check_integrity` proves it.
 """
 
-import bisect
 import logging
 from collections.abc import Sequence
 
@@ -19,18 +18,14 @@ from engine.batch import BatchBuilder, Chunk
 from engine.config import EngineConfig
 from engine.connector import Connector, EpochRenewed, FirstToken, NoConnector, Received
 from engine.intake import EngineShape, check_submit
+from engine.live import LiveRequests
 from engine.outbox import Outbox, token_message
-from engine.page_pool import PagePool
 from engine.parallel import Parallel, SingleRank, StepIntent
-from engine.pool import PoolCorrupted, Use
-from engine.pools import StatePools
-from engine.request import ConstraintFactory, Phase, Request
-from engine.rows import Rows
+from engine.pool import Use
+from engine.request import ConstraintFactory, ConstraintMatcher, Phase, Request
 from engine.runner import Forward, Runner, Scoring, StepResult
-from engine.sampling_rows import SamplingRows
-from engine.scheduler import Limits, Plan, Prefilling, Snapshot, Victim, Waiting, plan_step
-from engine.slot_pool import SlotPool
-from engine.transfers import Arrived, Missing, Transfers, Unwanted
+from engine.scheduler import Limits, plan_step
+from engine.transfers import Arrived, Missing, Unwanted
 from runtime.errors import EngineError, Overloaded, RequestError
 from runtime.requests import (
     Drained,
@@ -47,20 +42,17 @@ from runtime.requests import (
 
 log = logging.getLogger(__name__)
 
-_SCORED_CHUNK = 256
-"""Tokens a step computes of a prompt with log-probabilities: each costs a line of logits over the vocabulary."""
 _PAGE_RESERVE = 0.01
 """Part of the pages that admission leaves free for those already running."""
-EOS = -1
-"""`_ending`'s stop id for the end-of-sequence token itself."""
 
 
 class Engine:
     """Runs requests on one rank.
 
     forward: the model bound to this rank's pages and slots.
-    connector: how state moves to and from other ranks; `NoConnector` for a rank alone.
+    connector: how state moves to and from other ranks; None for a rank alone.
     constraints: makes grammar matchers; None refuses requests that need one.
+    handoff_address: what peers are told after the transfer engine was re-created.
     """
 
     def __init__(
@@ -81,15 +73,12 @@ class Engine:
         self.shape = shape
         self.rank = rank
         self._handoff_address = handoff_address
-        self._pools = StatePools(PagePool(shape.num_pages, shape.page_tokens), SlotPool(shape.num_slots))
-        self._transfers = Transfers(connector or NoConnector(), self._pools)
+        self._live = LiveRequests(config, shape, connector or NoConnector(), device)
+        self._rows = self._live.rows
         self._constraints = constraints
         self._parallel: Parallel = parallel or SingleRank()
         self._runner = Runner(forward)
-        max_pages = self._pools.pages.pages_for(shape.max_model_len)
-        self._rows = Rows(config.max_num_seqs, max_pages)
-        self._sampling = SamplingRows(config.max_num_seqs, shape.vocab_size, shape.eos_ids, device)
-        self._builder = BatchBuilder(config.max_step_tokens, config.max_num_seqs, shape.page_tokens, device)
+        self._builder = BatchBuilder(config.max_step_tokens, config.max_num_seqs, device)
         self._limits = Limits(
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
@@ -99,65 +88,61 @@ class Engine:
             reserved_pages=max(1, int(shape.num_pages * _PAGE_RESERVE)),
         )
         self._eos_ids = np.asarray(shape.eos_ids, np.int64)
-        self._requests: dict[str, Request] = {}
-        self._waiting: list[Request] = []
-        self._prefilling: list[Request] = []
         self._outbox = Outbox()
         self._arrivals = 0
+        self._computed = False
         self._failures_in_a_row = 0
         self._draining = False
         self._drained = False
-        self._steps = self._preemptions = self._recomputed = self._prompt_tokens = self._generated_tokens = 0
-        self._computed = False
+        self._steps = self._recomputed = self._prompt_tokens = self._generated_tokens = 0
 
     # Requests in
 
     def submit(self, submit: Submit) -> None:
         """Take a request. What is wrong with it is answered with `RequestFailed` after the next step."""
         try:
-            self._admit(submit)
+            self._accept(submit)
         except RequestError as error:
             kind = "transfer" if error.code == "released" else "invalid"
             self._outbox.fail(submit.request_id, kind, str(error))
         except Overloaded as error:
             self._outbox.fail(submit.request_id, "overloaded", str(error))
 
-    def _admit(self, submit: Submit) -> None:
-        if submit.request_id in self._requests:
+    def _accept(self, submit: Submit) -> None:
+        if self._live.get(submit.request_id) is not None:
             # Two streams under one id cannot be told apart any more: neither may go on.
             self.abort(submit.request_id)
             raise RequestError(f"request id {submit.request_id} was in use", param="request_id")
         if self._draining:
             raise Overloaded("the engine is draining and takes no new requests")
-        if len(self._waiting) >= self.config.max_queued_requests:
-            raise Overloaded(f"{len(self._waiting)} requests are waiting, the bound of the queue")
+        if len(self._live.waiting) >= self.config.max_queued_requests:
+            raise Overloaded(f"{len(self._live.waiting)} requests are waiting, the bound of the queue")
         check_submit(submit, self.shape)
-        matcher = None
-        if submit.sampling.constraint is not None:
-            if self._constraints is None:
-                raise RequestError("structured output is not available on this node", param="response_format")
-            matcher = self._constraints(submit.sampling.constraint)
-            try:
-                for token_id in submit.generated_ids:
-                    matcher.accept(token_id)
-            except Exception as error:
-                raise RequestError(f"the resumed tokens do not follow the grammar: {error}") from error
-        request = Request(submit, self._arrivals, matcher)
-        if request.handoff is not None:
-            self._transfers.expect(request)
+        self._live.add(Request(submit, self._arrivals, self._matcher(submit)))
         self._arrivals += 1
-        self._requests[request.request_id] = request
-        self._enqueue(request)
+
+    def _matcher(self, submit: Submit) -> ConstraintMatcher | None:
+        if submit.sampling.constraint is None:
+            return None
+        if self._constraints is None:
+            raise RequestError("structured output is not available on this node", param="response_format")
+        matcher = self._constraints(submit.sampling.constraint)
+        try:
+            for token_id in submit.generated_ids:
+                matcher.accept(token_id)
+        except Exception as error:
+            raise RequestError(f"the resumed tokens do not follow the grammar: {error}") from error
+        return matcher
 
     def abort(self, request_id: str) -> None:
         """Forget a request in any phase. Its memory is free at once, or when the transfer that touches it ends."""
-        request = self._requests.get(request_id)
+        request = self._live.get(request_id)
         if request is not None:
-            self._end(request, "aborted by the caller")
+            self._live.end(request, "aborted by the caller")
 
     def release(self, transfer_id: str) -> None:
         """The router gave up a transfer; a request still waiting for its turn with it fails."""
-        request = self._transfers.release(transfer_id)
+        request = self._live.transfers.release(transfer_id)
         if request is not None:
             request.handoff = None
             self._fail(request, "transfer", f"transfer {transfer_id} was released by the router")
@@ -166,6 +151,15 @@ class Engine:
         """Refuse new requests; `Drained` is said when everything running and promised is done."""
         self._draining = True
 
+    def fail_all(self, reason: str) -> None:
+        """The process ends: every live request fails with the reason."""
+        for request in self._live.all():
+            self._fail(request, "internal", reason)
+
+    def take_messages(self) -> list[FromEngine]:
+        """What there is to say before the next step."""
+        return self._outbox.take()
+
     # One step
 
     @property
@@ -173,29 +167,36 @@ class Engine:
         """`step` should be called again at once: some request computes, or one that waits may have room since the last
         step. Without work, call it when a message or a transfer event has arrived.
         """
-        return bool(self._rows or self._prefilling or self._outbox or (self._waiting and self._computed))
+        live = self._live
+        return bool(self._rows or live.prefilling or self._outbox or (live.waiting and self._computed))
 
     def step(self) -> list[FromEngine]:
         """Take in transfer events, decide, compute, and say what happened.
 
-        Raises EngineError after `max_step_failures` failed steps in a row, or one in a group of several ranks.
+        Raises EngineError after `max_step_failures` failed steps in a row, or after one in a group of several ranks.
         """
         self._take_in_events()
-        plan = plan_step(self._snapshot(), self._limits)
-        self._carry_out(plan)
-        chunks = [self._chunk(request, num_tokens) for request, num_tokens in plan.chunks]
+        plan = plan_step(self._live.snapshot(), self._limits)
+        for request in plan.preempt:
+            self._live.preempt(request)
+        self._live.grow()
+        for request in plan.receive:
+            self._live.receive(request)
+        for request in plan.admit:
+            self._live.admit(request)
+        chunks = [_chunk(request, num_tokens) for request, num_tokens in plan.chunks]
         num_tokens = len(self._rows) + sum(chunk.num_tokens for chunk in chunks)
         agreed = self._parallel.agree(StepIntent(num_tokens=num_tokens, decode_only=not chunks))
         self._computed = agreed.runs
         if agreed.runs:
             self._compute(chunks)
-        if self._draining and not self._drained and not self._requests and self._transfers.is_empty:
+        if self._draining and not self._drained and not self._live and self._live.transfers.is_empty:
             self._drained = True
             self._outbox.add(Drained(self.rank))
         return self._outbox.take()
 
     def _take_in_events(self) -> None:
-        for outcome in self._transfers.poll():
+        for outcome in self._live.transfers.poll():
             match outcome:
                 case Arrived(request, event):
                     self._join(request, event)
@@ -203,85 +204,14 @@ class Engine:
                     if retryable and self.config.kv_load_failure_policy == "recompute":
                         log.warning("request %s: %s; computing its prompt here", request.request_id, message)
                         self._recomputed += 1
-                        request.enter(Phase.WAITING)
-                        self._enqueue(request)
+                        self._live.requeue(request)
                     else:
                         self._fail(request, "transfer", message)
                 case Unwanted(request, ending):
                     request.handoff = None
                     self._fail(request, "transfer", f"its state was given up while it was computed ({ending})")
-                case EpochRenewed():
-                    self._outbox.add(EpochChanged(self.rank, outcome.epoch, self._handoff_address))
-
-    def _snapshot(self) -> Snapshot[Request]:
-        growing = self._rows.growing(self.shape.page_tokens)
-        free_pages, free_slots = self._pools.pages.num_free, self._pools.slots.num_free
-        victims: list[Victim[Request]] = []
-        if len(growing) > free_pages:
-            needs_page = {self._rows.requests[row].request_id for row in growing}
-            victims = [
-                Victim(request, len(request.owned.page_ids), request.request_id in needs_page)
-                for request in sorted((*self._rows.requests, *self._prefilling), key=_order, reverse=True)
-                if not isinstance(request.handoff, SendState)
-            ]
-        room = min(free_slots, self.config.max_num_seqs)
-        return Snapshot(
-            num_decoding=len(self._rows),
-            num_growing=len(growing),
-            num_receiving=self._transfers.num_receiving,
-            num_sends=self._transfers.num_sends,
-            prefilling=[
-                Prefilling(request, request.num_tokens - request.num_computed, _max_chunk(request))
-                for request in self._prefilling
-            ],
-            waiting=[self._as_waiting(request) for request in self._waiting[:room]],
-            victims=victims,
-            free_pages=free_pages,
-            free_slots=free_slots,
-        )
-
-    def _as_waiting(self, request: Request) -> Waiting[Request]:
-        return Waiting(
-            request=request,
-            num_tokens=request.num_tokens,
-            num_pages=self._pools.pages.pages_for(request.num_tokens),
-            sends=isinstance(request.handoff, SendState),
-            receives=isinstance(request.handoff, ReceiveState),
-            max_chunk=_max_chunk(request),
-        )
-
-    def _carry_out(self, plan: Plan[Request]) -> None:
-        for request in plan.preempt:
-            self._preempt(request)
-        for row in self._rows.growing(self.shape.page_tokens).tolist():
-            self._rows.add_page(row, self._pools.grow(self._rows.requests[row].owned))
-        for request in (*plan.receive, *plan.admit):
-            self._waiting.remove(request)
-            request.state = self._pools.take(request.request_id, request.num_tokens)
-        for request in plan.receive:
-            request.enter(Phase.RECEIVING)
-            self._transfers.receive(request)
-        for request in plan.admit:
-            request.enter(Phase.PREFILLING)
-            bisect.insort(self._prefilling, request, key=_order)
-            if request.handoff is not None:
-                self._transfers.open_send(request)
-
-    def _preempt(self, request: Request) -> None:
-        log.info("request %s preempted after %d tokens: out of pages", request.request_id, request.num_tokens)
-        self._preemptions += 1
-        self._leave_step(request)
-        self._give_back(request)
-        request.forget_state()
-        request.enter(Phase.WAITING)
-        self._enqueue(request)
-
-    def _chunk(self, request: Request, num_tokens: int) -> Chunk:
-        scored = range(0)
-        if request.prompt_logprobs is not None:
-            first = request.num_computed
-            scored = range(first, min(first + num_tokens, request.num_prompt - 1))
-        return Chunk(request, num_tokens, scored)
+                case EpochRenewed(epoch):
+                    self._outbox.add(EpochChanged(self.rank, epoch, self._handoff_address))
 
     def _compute(self, chunks: Sequence[Chunk]) -> None:
         num_decode = len(self._rows)
@@ -289,12 +219,11 @@ class Engine:
             batch = self._builder.build(self._rows, num_decode, chunks)
             for chunk in chunks:
                 if chunk.completes:
-                    request = chunk.request
-                    row = self._rows.add(request, request.num_tokens, self._max_generated(request))
-                    self._sampling.add(row, request)
+                    self._live.enter_rows(chunk.request, chunk.request.num_tokens)
             requests = list(self._rows.requests)
-            inputs = self._sampling.inputs(requests, self._rows.num_generated, self._rows.changes)
-            result = self._runner.run(batch, inputs, self._sampling.record, len(requests), self._scoring(chunks))
+            sampling = self._live.sampling
+            inputs = sampling.inputs(requests, self._rows.num_generated, self._rows.changes)
+            result = self._runner.run(batch, inputs, sampling.record, len(requests), self._scoring(chunks))
         except Exception as error:
             self._fail_step(error, chunks)
             return
@@ -326,9 +255,9 @@ class Engine:
                     request.prompt_logprobs.append(result.scored.message(index, count))
                 place += len(chunk.scored)
             if completes:
-                self._prefilling.remove(request)
+                self._live.prefilling.remove(request)
             elif isinstance(request.handoff, SendState):
-                self._transfers.announce(request)
+                self._live.transfers.announce(request)
 
     # Tokens out
 
@@ -378,40 +307,34 @@ class Engine:
             request.generated.pop()
             self._fail(request, "internal", f"the grammar failed: {error!r}")
             return None
-        stop_token_id = None if stop_id == EOS else stop_id
         if isinstance(request.handoff, SendState):
-            message = token_message(request, logprobs, reason or "length", stop_token_id)
+            message = token_message(request, logprobs, reason or "length", stop_id)
             self._hold(request, message, logprobs)
             return message
-        message = token_message(request, logprobs, reason, stop_token_id)
+        message = token_message(request, logprobs, reason, stop_id)
         if reason is not None:
-            self._end(request, reason)
+            self._live.end(request, reason)
         elif request.phase is Phase.PREFILLING:
             request.enter(Phase.DECODING)
         return message
 
     def _ending(self, request: Request) -> tuple[str | None, int | None]:
-        """(finish reason, stop id) if the newest token is the last one."""
+        """(finish reason, stop id) if the newest token is the last one; the stop id is None for EOS."""
         token_id, sampling = request.generated[-1], request.sampling
         if token_id in self.shape.eos_ids and not sampling.ignore_eos:
-            return "stop", EOS
+            return "stop", None
         if token_id in sampling.stop_token_ids:
             return "stop", token_id
         if request.matcher is not None:
             request.matcher.accept(token_id)
             if request.matcher.is_done:
-                return "stop", EOS
-        if len(request.generated) >= self._max_generated(request):
+                return "stop", None
+        if len(request.generated) >= self._live.max_generated(request):
             return "length", None
         return None, None
 
-    def _max_generated(self, request: Request) -> int:
-        return min(request.sampling.max_tokens, self.shape.max_model_len - request.num_prompt)
-
     def _hold(self, request: Request, message: Tokens, logprobs: TokenLogprobs | None) -> None:
-        """A prefill for another rank is done: answer its caller and keep its state for whoever fetches it."""
-        self._leave_step(request)
-        del self._requests[request.request_id]
+        """A prefill for another rank is done: its first token goes with its state."""
         first = FirstToken(
             token_id=request.generated[-1],
             logprobs=logprobs,
@@ -420,7 +343,7 @@ class Engine:
             cached_tokens=request.cached_tokens,
             prompt_logprobs=message.prompt_logprobs,
         )
-        self._transfers.hold(request, first)
+        self._live.hold(request, first)
 
     def _join(self, request: Request, event: Received) -> None:
         """A state has arrived with its first token: emit that at once and decode from there."""
@@ -444,11 +367,10 @@ class Engine:
         if message is not None:
             self._outbox.tokens.append(message)
         if request.phase is Phase.DECODING:
-            row = self._rows.add(request, request.num_tokens - 1, self._max_generated(request))
+            row = self._live.enter_rows(request, request.num_tokens - 1)
             self._rows.token[row] = first.token_id
-            self._sampling.add(row, request)
 
-    # Requests out
+    # Failures
 
     def _fail_step(self, error: Exception, chunks: Sequence[Chunk]) -> None:
         in_chunks = [chunk.request for chunk in chunks if self._rows.row_of(chunk.request) is None]
@@ -469,57 +391,36 @@ class Engine:
             self._fail(request, "internal", f"the model's logits are not finite after {request.num_tokens} tokens")
 
     def _fail(self, request: Request, kind: str, message: str) -> None:
-        self._end(request, message)
+        self._live.end(request, message)
         self._outbox.fail(request.request_id, kind, message, request.num_emitted)
-
-    def _end(self, request: Request, reason: str) -> None:
-        """The request is over; everything it owns is free now or, if a transfer may touch it, when that has ended."""
-        del self._requests[request.request_id]
-        if request.phase is Phase.WAITING and request in self._waiting:
-            self._waiting.remove(request)
-        self._leave_step(request)
-        if request.handoff is not None:
-            self._transfers.cancel(request, reason)
-        self._give_back(request)
-        request.enter(Phase.DONE)
-
-    def _leave_step(self, request: Request) -> None:
-        if self._rows.row_of(request) is not None:
-            self._sampling.remove(*self._rows.remove(request))
-        if request in self._prefilling:
-            self._prefilling.remove(request)
-
-    def _give_back(self, request: Request) -> None:
-        if request.state is not None:
-            self._pools.give_back(request.state)
-            request.state = None
-
-    def _enqueue(self, request: Request) -> None:
-        bisect.insort(self._waiting, request, key=_order)
 
     # For operators and tests
 
+    def reset_prefix_cache(self) -> None:
+        """Nothing is cached between requests yet: every prompt is computed or received in full."""
+
     def stats(self) -> EngineStats:
         """A snapshot of gauges and counters."""
-        counters = self._transfers.counters
-        unfinished = (*self._waiting, *self._prefilling)
+        live = self._live
+        pages, slots, counters = live.pools.pages, live.pools.slots, live.transfers.counters
+        unfinished = (*live.waiting, *live.prefilling)
         return EngineStats(
             rank=self.rank,
-            running=len(self._rows) + len(self._prefilling),
-            waiting=len(self._waiting),
-            receiving=self._transfers.num_receiving,
-            held=self._transfers.num_held,
+            running=len(live.rows) + len(live.prefilling),
+            waiting=len(live.waiting),
+            receiving=live.transfers.num_receiving,
+            held=live.transfers.num_held,
             queued_prompt_tokens=sum(
                 request.num_tokens - request.num_computed
                 for request in unfinished
                 if not isinstance(request.handoff, ReceiveState)
             ),
-            pages_total=self._pools.pages.count,
-            pages_free=self._pools.pages.num_free,
-            pages_quarantined=self._pools.pages.num_used(Use.QUARANTINE),
-            slots_total=self._pools.slots.count,
-            slots_free=self._pools.slots.num_free,
-            preemptions=self._preemptions,
+            pages_total=pages.count,
+            pages_free=pages.num_free,
+            pages_quarantined=pages.num_used(Use.QUARANTINE),
+            slots_total=slots.count,
+            slots_free=slots.num_free,
+            preemptions=live.num_preempted,
             prompt_tokens=self._prompt_tokens,
             generated_tokens=self._generated_tokens,
             steps=self._steps,
@@ -533,19 +434,12 @@ class Engine:
 
     def check_integrity(self) -> None:
         """Audit of everything between two steps. Raises PoolCorrupted naming requests and ids."""
-        for request in self._requests.values():
-            if (request.state is None) != (request.phase is Phase.WAITING):
-                raise PoolCorrupted(f"{request.request_id} is {request.phase.value} and owns {request.state}")
-        owned = [request.state for request in self._requests.values() if request.state is not None]
-        self._pools.check_integrity([*owned, *self._transfers.states()])
-        placed = len(self._waiting) + len(self._prefilling) + len(self._rows) + self._transfers.num_receiving
-        if placed != len(self._requests):
-            raise PoolCorrupted(f"{len(self._requests)} requests, {placed} of them waiting, computing or receiving")
+        self._live.check_integrity()
 
 
-def _order(request: Request) -> tuple[int, int]:
-    return request.order
-
-
-def _max_chunk(request: Request) -> int:
-    return request.num_tokens if request.prompt_logprobs is None else _SCORED_CHUNK
+def _chunk(request: Request, num_tokens: int) -> Chunk:
+    scored = range(0)
+    if request.prompt_logprobs is not None:
+        first = request.num_computed
+        scored = range(first, min(first + num_tokens, request.num_prompt - 1))
+    return Chunk(request, num_tokens, scored)

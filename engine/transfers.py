@@ -29,6 +29,7 @@ from engine.request import Phase, Request
 from runtime.errors import RequestError
 from runtime.requests import ReceiveState
 
+_MAX_ID_CHARS = 256
 _REMEMBERED = 4096
 """Released transfer ids that are remembered, for legs that arrive after their release."""
 
@@ -104,6 +105,10 @@ class Transfers:
         return len(self._lent)
 
     @property
+    def receiving(self) -> list[Request]:
+        return list(self._receiving.values())
+
+    @property
     def num_receiving(self) -> int:
         return len(self._receiving)
 
@@ -124,6 +129,11 @@ class Transfers:
         transfer_id = _transfer_id(request)
         if self._connector is None:
             raise RequestError("this rank takes part in no transfers", param="kv_transfer_params")
+        if not 0 < len(transfer_id) <= _MAX_ID_CHARS:
+            raise RequestError(
+                f"a transfer id of {len(transfer_id)} characters: 1..{_MAX_ID_CHARS} are allowed",
+                param="kv_transfer_params",
+            )
         if transfer_id in self._released:
             raise RequestError(f"transfer {transfer_id} was released before its request came", code="released")
         if any(transfer_id in book for book in self._books()):
@@ -186,6 +196,8 @@ class Transfers:
 
     def release(self, transfer_id: str) -> Request | None:
         """The router gave the transfer up. Returns the request if it was still waiting: it must be failed."""
+        if not 0 < len(transfer_id) <= _MAX_ID_CHARS:
+            return None
         self._released[transfer_id] = None
         if len(self._released) > _REMEMBERED:
             self._released.popitem(last=False)

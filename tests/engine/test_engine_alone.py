@@ -265,7 +265,7 @@ def test_the_stand_in_notices_a_foreign_page():
     prompt = prompt_of(40)
     harness.submit("r", prompt, max_tokens=10)
     harness.step()
-    page = harness.engine._requests["r"].owned.page_ids[0]
+    page = harness.engine._live.get("r").owned.page_ids[0]
     harness.model.pages[page, 3] ^= 1
     harness.run()
     assert harness.tokens["r"][0] == int(np.argmax(expected_logits(prompt)))

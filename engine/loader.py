@@ -1,0 +1,179 @@
+"""From a checkpoint directory and a configuration to a rank that can compute: model, state memory, resolved numbers."""
+
+import logging
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+import torch
+from torch import Tensor
+
+from engine.config import EngineConfig
+from engine.intake import EngineShape
+from engine.memory import StateMemory, plan_pools, state_budget
+from kernels.quantize import quantize_fp4, quantize_fp8_tiles
+from model.batch import ForwardBatch
+from model.checkpoint import load_weights
+from model.config import EXPERT_GROUP, QUANT_TILE, ModelConfig
+from model.inventory import inventory
+from model.moe import ExpertParallel
+from model.random_weights import random_weight
+from model.state import StateViews
+from model.state_layout import IndexFormat, RowFormat, StateLayout, build_state_layout
+from model.transformer import Transformer
+from runtime.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedRank:
+    """Everything a step needs. `config` has no "auto" left."""
+
+    config: EngineConfig
+    model_config: ModelConfig
+    layout: StateLayout
+    memory: StateMemory
+    shape: EngineShape
+    device: torch.device
+    model: Transformer
+    state: StateViews
+
+    def forward(self, batch: ForwardBatch) -> Tensor:
+        """Advance this rank's state by a batch; logits float32 [L, vocab]."""
+        return self.model.forward(batch, self.state)
+
+
+def load_rank(
+    config: EngineConfig,
+    *,
+    holds_states: bool,
+    rank: int = 0,
+    experts: range | None = None,
+    expert_parallel: ExpertParallel | None = None,
+    progress: bool = True,
+) -> LoadedRank:
+    """Load the weights and allocate the pools of one rank.
+
+    holds_states: finished prompts stay in slots of their own until another rank has fetched them.
+    Raises ConfigError and CheckpointError naming the field, tensor or number.
+    """
+    started = time.monotonic()
+    model_config = ModelConfig.load(config.model)
+    config = resolve(config, rank)
+    layout = build_state_layout(
+        model_config,
+        row_format=_known(config.kv_cache_dtype),
+        index_format=_known_index(config.index_cache_dtype),
+        page_tokens=config.block_size,
+    )
+    device = torch.device(config.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    model = Transformer(
+        model_config,
+        dtype=_DTYPES[config.dtype],
+        numerics=config.numerics,
+        experts=experts,
+        expert_parallel=expert_parallel,
+        device=device,
+        packed_weights=device.type == "cuda" and config.numerics == "released",
+    )
+    if config.load_format == "dummy":
+        _load_dummy(model, model_config, config.seed)
+    else:
+        load_weights(config.model, model, experts=experts, progress=progress)
+    sizes = plan_pools(
+        config, model_config, layout, holds_states=holds_states, budget_bytes=state_budget(config, device)
+    )
+    memory = StateMemory.allocate(sizes, layout, device)
+    config = msgspec.structs.replace(config, num_pages=sizes.num_pages, max_model_len=sizes.max_model_len)
+    shape = EngineShape(
+        vocab_size=model_config.vocab_size,
+        eos_ids=eos_ids(Path(config.model), model_config),
+        max_model_len=sizes.max_model_len,
+        page_tokens=layout.page_tokens,
+        num_pages=sizes.num_pages,
+        num_slots=sizes.num_slots,
+    )
+    log.info(
+        "loaded in %.1f s on %s: %d pages of %d B (%d tokens each), %d slots of %d B, max_model_len=%d",
+        time.monotonic() - started, device, sizes.num_pages, layout.page_bytes, layout.page_tokens, sizes.num_slots,
+        layout.slot_bytes, sizes.max_model_len,
+    )  # fmt: skip
+    state = StateViews(layout, memory.pages, memory.slots)
+    return LoadedRank(config, model_config, layout, memory, shape, device, model, state)
+
+
+def resolve(config: EngineConfig, rank: int) -> EngineConfig:
+    """Replace "auto" in everything that does not depend on free memory. Raises ConfigError for a device not there."""
+    device = config.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        device = f"cuda:{rank % max(1, torch.cuda.device_count())}"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(f"engine.device={config.device}: no CUDA device is usable here")
+    on_gpu = device.startswith("cuda")
+    dtype = ("bfloat16" if on_gpu else "float32") if config.dtype == "auto" else config.dtype
+    wide: Literal["bf16", "f32"] = "f32" if dtype == "float32" else "bf16"
+    released = config.numerics == "released"
+    return msgspec.structs.replace(
+        config,
+        device=device,
+        dtype=dtype,
+        kv_cache_dtype=("fp8" if released else wide) if config.kv_cache_dtype == "auto" else config.kv_cache_dtype,
+        index_cache_dtype=(
+            ("mxfp4" if released else wide) if config.index_cache_dtype == "auto" else config.index_cache_dtype
+        ),
+    )
+
+
+def eos_ids(directory: Path, model_config: ModelConfig) -> tuple[int, ...]:
+    """End-of-sequence ids: generation_config.json's where there is one, else config.json's. Raises ConfigError."""
+    path = directory / "generation_config.json"
+    if not path.exists():
+        return (model_config.eos_token_id,)
+    try:
+        found = msgspec.json.decode(path.read_bytes(), type=_GenerationConfig).eos_token_id
+    except (OSError, msgspec.DecodeError) as error:
+        raise ConfigError(f"{path}: {error}") from None
+    ids = (found,) if isinstance(found, int) else found or (model_config.eos_token_id,)
+    for token_id in ids:
+        if not 0 <= token_id < model_config.vocab_size:
+            raise ConfigError(f"{path}: eos_token_id {token_id} is outside the vocabulary of {model_config.vocab_size}")
+    return ids
+
+
+class _GenerationConfig(msgspec.Struct, frozen=True):
+    eos_token_id: int | tuple[int, ...] | None = None
+
+
+def _load_dummy(model: Transformer, config: ModelConfig, seed: int) -> None:
+    """Seeded random weights, quantised as a checkpoint would hold them."""
+    specs = {spec.name: spec for spec in inventory(config)}
+    for name, holder in model.holders().items():
+        spec = specs[name]
+        value = random_weight(spec, config, seed)
+        if spec.dtype == "F8_E4M3":
+            codes, scales = quantize_fp8_tiles(value, QUANT_TILE)
+            holder.load(codes.view(torch.float8_e4m3fn), scales.view(torch.float8_e8m0fnu))
+        elif spec.dtype == "I8":
+            codes, scales = quantize_fp4(value, EXPERT_GROUP)
+            holder.load(codes.view(torch.int8), scales.view(torch.float8_e8m0fnu))
+        else:
+            holder.load(value, None)
+
+
+def _known(row_format: Literal["auto", "fp8", "bf16", "f32"]) -> RowFormat:
+    assert row_format != "auto"
+    return row_format
+
+
+def _known_index(index_format: Literal["auto", "mxfp4", "fp8", "bf16", "f32"]) -> IndexFormat:
+    assert index_format != "auto"
+    return index_format

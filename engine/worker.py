@@ -1,0 +1,96 @@
+"""The main loop of an engine process: messages in, steps, messages out; asleep when there is nothing to do."""
+
+import logging
+import time
+
+from engine.engine import Engine
+from runtime.channel import EngineChannel
+from runtime.errors import TandemError
+from runtime.requests import (
+    Abort,
+    Drain,
+    EngineReady,
+    EngineStats,
+    ReleaseTransfer,
+    ResetPrefixCache,
+    Shutdown,
+    Submit,
+    ToEngine,
+)
+
+log = logging.getLogger(__name__)
+
+
+class EngineWorker:
+    """Serves one engine on one channel until `Shutdown`. Everything runs on the calling thread."""
+
+    def __init__(self, engine: Engine, channel: EngineChannel) -> None:
+        self._engine = engine
+        self._channel = channel
+        self._interval_s = engine.config.stats_interval_s
+        self._next_stats = 0.0
+        self._sent: EngineStats | None = None
+
+    def run(self, ready: EngineReady) -> None:
+        """Announce the rank and serve. Returns on `Shutdown`.
+
+        Raises ProcessDied when the API process is gone, and EngineError when the engine cannot go on; every request is
+        told the reason before that, and what was said last has been handed to the channel.
+        """
+        self._channel.send(ready)
+        try:
+            while self._serve_once():
+                pass
+        except Exception as error:
+            self._engine.fail_all(f"the engine process ends: {error}")
+            for message in self._engine.take_messages():
+                self._channel.send(message)
+            raise
+
+    def _serve_once(self) -> bool:
+        idle_s = 0.0 if self._engine.has_work else max(0.0, self._next_stats - time.monotonic())
+        for message in self._channel.receive(idle_s):
+            if isinstance(message, Shutdown):
+                log.info("asked to stop")
+                return False
+            self._dispatch(message)
+        for said in self._engine.step():
+            self._channel.send(said)
+        self._report()
+        return True
+
+    def _dispatch(self, message: ToEngine) -> None:
+        match message:
+            case Submit():
+                self._engine.submit(message)
+            case Abort(request_id):
+                self._engine.abort(request_id)
+            case ReleaseTransfer(transfer_id):
+                self._engine.release(transfer_id)
+            case ResetPrefixCache():
+                self._engine.reset_prefix_cache()
+            case Drain():
+                self._engine.drain()
+                self._next_stats = 0.0
+
+    def _report(self) -> None:
+        """Tell the gauges, at most once an interval, and only news."""
+        now = time.monotonic()
+        if now < self._next_stats:
+            return
+        self._next_stats = now + self._interval_s
+        stats = self._engine.stats()
+        if stats != self._sent:
+            self._sent = stats
+            self._channel.send(stats)
+
+
+def run_worker(engine: Engine, channel: EngineChannel, ready: EngineReady) -> None:
+    """Serve and close the channel, whatever ends the loop. Raises what `EngineWorker.run` raises."""
+    try:
+        EngineWorker(engine, channel).run(ready)
+    except TandemError as error:
+        log.error("engine rank %d ends: %s", ready.rank, error)
+        raise
+    finally:
+        channel.close()
