@@ -7,7 +7,6 @@ from typing import Any
 import msgspec
 import orjson
 
-from api.chat_output import ChatOutput
 from api.errors import Problem
 from api.logprobs import TokenNames, chat_logprobs, prompt_logprobs
 from api.parse_events import ContentDelta, Event, ReasoningDelta, ToolArgumentsDelta, ToolCallStart
@@ -45,8 +44,7 @@ def new_call_id() -> str:
 class _Choice:
     """What one choice has shown so far."""
 
-    def __init__(self, output: ChatOutput) -> None:
-        self.output = output
+    def __init__(self) -> None:
         self.num_calls = 0
         self.reasoning: list[str] = []
         self.content: list[str] = []
@@ -58,15 +56,13 @@ class _Choice:
 
 
 class ChatResponse:
-    """Turns tokens into messages. `outputs`: those that the reader feeds, one per choice."""
+    """Turns tokens into messages."""
 
-    def __init__(
-        self, reader: Reader, submits: Sequence[Submit], outputs: Sequence[ChatOutput], shape: ChatShape
-    ) -> None:
+    def __init__(self, reader: Reader, submits: Sequence[Submit], shape: ChatShape) -> None:
         self._reader = reader
         self._shape = shape
         self._prompt_ids = submits[0].prompt_ids
-        self._choices = [_Choice(output) for output in outputs]
+        self._choices = [_Choice() for _ in submits]
         self._prompt_logprobs: list[dict[str, dict[str, Any]] | None] | None = None
         head = {
             "id": shape.response_id,
@@ -81,8 +77,9 @@ class ChatResponse:
         shape = self._shape
         for number, tokens, piece in self._reader.read(arrived):
             choice = self._choices[number]
-            if not shape.include_reasoning and (choice.output.in_reasoning or piece.num_reasoning):
-                piece = msgspec.structs.replace(piece, logprobs=(), token_ids=())
+            if piece.num_hidden:
+                ids, logprobs = piece.token_ids[piece.num_hidden :], piece.logprobs[piece.num_hidden :]
+                piece = msgspec.structs.replace(piece, token_ids=ids, logprobs=logprobs)
             if shape.num_prompt_logprobs is not None and tokens.prompt_logprobs is not None:
                 self._prompt_logprobs = prompt_logprobs(tokens.prompt_logprobs, shape.names, shape.num_prompt_logprobs)
             shown = [event for event in piece.events if self._shows(event)]

@@ -15,80 +15,75 @@ from runtime.requests import Tokens
 
 
 class ChatOutput:
-    """The state between steps."""
+    """The state between steps. `hide_reasoning`: pieces tell which of their tokens belong to the reasoning."""
 
-    __slots__ = ("_eos_id", "_matcher", "_num_tokens", "_rules", "parser")
+    __slots__ = ("_eos_id", "_hide", "_matcher", "_num_tokens", "_parser", "_rules")
 
-    def __init__(self, tokenizer: Tokenizer, rules: TextRules, start: ParserStart, *, tools: bool) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, rules: TextRules, start: ParserStart, *, tools: bool, hide_reasoning: bool = False
+    ) -> None:
         self._rules = rules
         self._eos_id = tokenizer.eos_id
-        self.parser = OutputParser(start, tools=tools, tokenizer=tokenizer)
+        self._parser = OutputParser(start, tools=tools, tokenizer=tokenizer)
         self._matcher = StopMatcher(rules.stops, include_stop=rules.include_stop) if rules.stops else None
+        self._hide = hide_reasoning
         self._num_tokens = 0
-
-    @property
-    def in_reasoning(self) -> bool:
-        return self.parser.state is StartState.REASONING
 
     def feed(self, tokens: Tokens) -> Piece:
         """The next step. Nothing may be fed after a piece with a finish reason."""
-        before = self.parser.reasoning_tokens
+        before = self._parser.reasoning_tokens
         visible = visible_ids(tokens, self._eos_id, self._rules)
-        if self._matcher is not None:
-            return self._feed_searching(tokens, visible, self._matcher, before)
-        events = self.parser.feed(visible)
-        if tokens.finish_reason is not None:
-            events += self.parser.finish(tokens.finish_reason)
-        return self._whole_step(tokens, events, before)
-
-    def _feed_searching(self, tokens: Tokens, visible: Sequence[int], matcher: StopMatcher, before: int) -> Piece:
+        num_used, num_hidden = len(tokens.token_ids), 0
         events: list[Event] = []
-        for position, token_id in enumerate(visible, start=1):
-            self._num_tokens += 1
-            self._search(self.parser.feed((token_id,)), events, matcher)
-            if matcher.stopped_by is not None:
-                return self._stopped(tokens, position, events, matcher.stopped_by, before)
-        if tokens.finish_reason is None:
-            return self._whole_step(tokens, events, before)
-        self._search(self.parser.finish(tokens.finish_reason), events, matcher)
-        if matcher.stopped_by is not None:
-            return self._stopped(tokens, len(tokens.token_ids), events, matcher.stopped_by, before)
-        _append_content(events, matcher.finish())
-        return self._whole_step(tokens, events, before)
+        if self._matcher is None and not self._hide:
+            events = self._parser.feed(visible)
+        else:
+            for position, token_id in enumerate(visible, start=1):
+                num_hidden += self._parser.state is StartState.REASONING
+                self._num_tokens += 1
+                self._search(self._parser.feed((token_id,)), events)
+                if self._stopped_by is not None:
+                    num_used = position
+                    break
+        finish_reason = tokens.finish_reason
+        if finish_reason is not None and self._stopped_by is None:
+            self._search(self._parser.finish(finish_reason), events)
+            self._release(events)
+        stopped_by = self._stopped_by
+        return Piece(
+            tokens.token_ids[:num_used],
+            tokens.logprobs[:num_used],
+            events=events,
+            finish_reason=finish_reason if stopped_by is None else "stop",
+            stop_reason=tokens.stop_token_id if stopped_by is None else stopped_by,
+            num_reasoning=self._parser.reasoning_tokens - before,
+            num_hidden=num_hidden if self._hide else 0,
+        )
 
-    def _search(self, new: Sequence[Event], events: list[Event], matcher: StopMatcher) -> None:
-        """Move `new` to `events` as far as no stop string ends them."""
+    @property
+    def _stopped_by(self) -> str | None:
+        return None if self._matcher is None else self._matcher.stopped_by
+
+    def _search(self, new: Sequence[Event], events: list[Event]) -> None:
+        """Move `new` to `events`, as far as no stop string ends them."""
+        if self._matcher is None:
+            events += new
+            return
         for event in new:
             if not isinstance(event, ContentDelta):
                 # What was held back as a possible beginning of a stop string comes before anything else.
-                _append_content(events, matcher.finish())
+                self._release(events)
                 events.append(event)
             elif self._num_tokens <= self._rules.min_tokens:
                 events.append(event)
             else:
-                _append_content(events, matcher.push(event.text).text)
-                if matcher.stopped_by is not None:
+                _append_content(events, self._matcher.push(event.text).text)
+                if self._matcher.stopped_by is not None:
                     return
 
-    def _stopped(self, tokens: Tokens, position: int, events: Sequence[Event], found: str, before: int) -> Piece:
-        return Piece(
-            tokens.token_ids[:position],
-            tokens.logprobs[:position],
-            events=events,
-            finish_reason="stop",
-            stop_reason=found,
-            num_reasoning=self.parser.reasoning_tokens - before,
-        )
-
-    def _whole_step(self, tokens: Tokens, events: Sequence[Event], before: int) -> Piece:
-        return Piece(
-            tokens.token_ids,
-            tokens.logprobs,
-            events=events,
-            finish_reason=tokens.finish_reason,
-            stop_reason=tokens.stop_token_id,
-            num_reasoning=self.parser.reasoning_tokens - before,
-        )
+    def _release(self, events: list[Event]) -> None:
+        if self._matcher is not None and self._matcher.stopped_by is None:
+            _append_content(events, self._matcher.finish())
 
 
 def _append_content(events: list[Event], text: str) -> None:

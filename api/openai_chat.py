@@ -61,12 +61,17 @@ async def answer(request: web.Request, body: ChatBody, arrived: float) -> web.St
         constraint=constraint,
     )
     shape = chat_shape(body, context, model=model, response_id=submission.response_id, rendered=rendered)
-    outputs = chat_outputs(context, text_rules(body), rendered, len(submission.submits))
     return await respond(
         request,
         submission,
-        outputs,
-        lambda reader: ChatResponse(reader, submission.submits, outputs, shape),
+        chat_outputs(
+            context,
+            text_rules(body),
+            rendered,
+            count=len(submission.submits),
+            hide_reasoning=not shape.include_reasoning,
+        ),
+        lambda reader: ChatResponse(reader, submission.submits, shape),
         stream=bool(body.stream),
         arrived=arrived,
         headers=headers,
@@ -147,10 +152,15 @@ def _tool_choice(body: ChatBody) -> ToolChoice:
     raise RequestError("tool_choice: must be none, auto, required, or name a function", param="tool_choice")
 
 
-def chat_outputs(context: Context, rules: TextRules, rendered: RenderedPrompt, count: int) -> list[ChatOutput]:
+def chat_outputs(
+    context: Context, rules: TextRules, rendered: RenderedPrompt, *, count: int = 1, hide_reasoning: bool = False
+) -> list[ChatOutput]:
     """One per choice, in the state in which the prompt ended."""
     tools = bool(rendered.tools)
-    return [ChatOutput(context.tokenizer, rules, rendered.start, tools=tools) for _ in range(count)]
+    return [
+        ChatOutput(context.tokenizer, rules, rendered.start, tools=tools, hide_reasoning=hide_reasoning)
+        for _ in range(count)
+    ]
 
 
 def text_rules(body: ChatBody) -> TextRules:

@@ -37,6 +37,8 @@ class Piece(msgspec.Struct, frozen=True, gc=False):
     """The stop string or stop token id that ended the choice; None for EOS and for length."""
     num_reasoning: int = 0
     """How many of the tokens were spent on reasoning."""
+    num_hidden: int = 0
+    """How many leading tokens the caller must not see."""
 
     @property
     def stopped_early(self) -> bool:
