@@ -8,12 +8,14 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from engine.memory import plan_pools
 from model.presets import flash, pro
+from node.config import NodeConfig
 from runtime import config as configuration
 from runtime.errors import ConfigError
 from tools.check_configs import CONFIGS, check_folder
-from tools.config_rules import problems
-from tools.memory_plan import rank_weights
+from tools.config_rules import plan_of, problems
+from tools.memory_plan import rank_weights, state_layout
 from tools.topology import KIND_OF, Process, Topology, load_processes, load_topology
 
 MODULES = {"prefill": "prefill_node", "decode": "decode_node", "router": "router"}
@@ -90,6 +92,23 @@ def test_weights_are_those_of_the_published_checkpoints() -> None:
     assert rank_weights(flash(), 1) == 159_609_485_896
     assert rank_weights(flash(), 4) == 46_665_267_784
     assert rank_weights(pro(), 1) == 864_704_792_696
+
+
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+def test_pools_are_planned_as_the_engine_plans_them(role: str) -> None:
+    model = flash()
+    process = next(p for p in deployment("h200", {}) if p.place.module == MODULES[role])
+    assert isinstance(process.config, NodeConfig)
+    memory = plan_of(process, process.config, model)
+    sizes = plan_pools(
+        process.config.engine,
+        model,
+        state_layout(model, process.config),
+        holds_states=role == "prefill",
+        budget_bytes=memory.slots + memory.free,
+    )
+    assert (sizes.num_slots, sizes.num_pages) == (memory.num_slots, memory.num_pages)
+    assert sizes.max_model_len == model.max_position_embeddings
 
 
 @pytest.mark.parametrize(
