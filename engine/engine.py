@@ -90,7 +90,7 @@ class Engine:
         self._eos_ids = np.asarray(shape.eos_ids, np.int64)
         self._outbox = Outbox()
         self._arrivals = 0
-        self._computed = False
+        self._changed = False
         self._failures_in_a_row = 0
         self._draining = False
         self._drained = False
@@ -120,6 +120,7 @@ class Engine:
         check_submit(submit, self.shape)
         self._live.add(Request(submit, self._arrivals, self._matcher(submit)))
         self._arrivals += 1
+        self._changed = True
 
     def _matcher(self, submit: Submit) -> ConstraintMatcher | None:
         if submit.sampling.constraint is None:
@@ -164,11 +165,11 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        """`step` should be called again at once: some request computes, or one that waits may have room since the last
-        step. Without work, call it when a message or a transfer event has arrived.
+        """`step` should be called again at once: some request computes, or one that waits may have room now. Without
+        work, call it when a message or a transfer event has arrived.
         """
         live = self._live
-        return bool(self._rows or live.prefilling or self._outbox or (live.waiting and self._computed))
+        return bool(self._rows or live.prefilling or self._outbox or (live.waiting and self._changed))
 
     def step(self) -> list[FromEngine]:
         """Take in transfer events, decide, compute, and say what happened.
@@ -187,7 +188,7 @@ class Engine:
         chunks = [_chunk(request, num_tokens) for request, num_tokens in plan.chunks]
         num_tokens = len(self._rows) + sum(chunk.num_tokens for chunk in chunks)
         agreed = self._parallel.agree(StepIntent(num_tokens=num_tokens, decode_only=not chunks))
-        self._computed = agreed.runs
+        self._changed = agreed.runs
         if agreed.runs:
             self._compute(chunks)
         if self._draining and not self._drained and not self._live and self._live.transfers.is_empty:
