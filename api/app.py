@@ -5,7 +5,7 @@ import logging
 from aiohttp import web
 from prometheus_client import CollectorRegistry
 
-from api import openai_chat, openai_completions, probes
+from api import admin, openai_chat, openai_completions, probes, tokenize
 from api.auth import ApiKeys
 from api.backend import EngineClient
 from api.context import CONTEXT, Context
@@ -33,6 +33,8 @@ def build_app(
     app[probes.REGISTRY] = registry
     app.on_response_prepare.append(on_prepare(settings))
     add_routes(app)
+    if settings.enable_admin:
+        add_admin_routes(app)
     if engine.info.max_model_len < settings.think_max_context:
         log.warning(
             "Think Max asks for a context of %d tokens, this server has %d: such requests get %s",
@@ -59,5 +61,16 @@ def add_routes(app: web.Application) -> None:
         ("/ping", probes.health),
         ("/v1/chat/completions", openai_chat.chat_completions),
         ("/v1/completions", openai_completions.completions),
+        ("/v1/chat/completions/render", tokenize.render_chat_prompt),
+        ("/v1/completions/render", tokenize.render_completion_prompts),
+        ("/tokenize", tokenize.tokenize),
+        ("/detokenize", tokenize.detokenize),
     ):
         router.add_post(path, handler)
+
+
+def add_admin_routes(app: web.Application) -> None:
+    """What can disturb other callers' requests."""
+    app.router.add_post("/abort_requests", admin.abort_requests)
+    app.router.add_post("/reset_prefix_cache", admin.reset_prefix_cache)
+    app.router.add_get("/server_info", admin.server_info)

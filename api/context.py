@@ -7,6 +7,7 @@ from aiohttp import web
 
 from api.backend import EngineClient, EngineInfo
 from api.encoding.effort import EffortProfile, detect_profile
+from api.generation import Generation
 from api.limiter import Limiter
 from api.metrics import ApiMetrics
 from api.sampling import Limits
@@ -23,6 +24,8 @@ class Context:
         self.tokenizer = tokenizer
         self.settings = settings
         self.metrics = metrics
+        self.live: set[Generation] = set()
+        """What is generating now."""
         self.limiter = Limiter(settings.max_concurrent_requests)
         self.created = engine.info.created or self.unix_time()
         if settings.reasoning_effort_profile == "auto":

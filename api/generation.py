@@ -6,6 +6,7 @@ from types import TracebackType
 from typing import Self
 
 from api.backend import EngineClient, GenerationStream
+from runtime.errors import TandemError
 from runtime.requests import Submit, Tokens
 
 
@@ -18,18 +19,21 @@ class Generation:
                 ...
     """
 
-    def __init__(self, streams: Sequence[GenerationStream]) -> None:
+    def __init__(self, streams: Sequence[GenerationStream], name: str = "") -> None:
+        self.name = name
+        """The response id, under which an operator knows it."""
         self._streams: list[GenerationStream | None] = list(streams)
         self._all = tuple(streams)
         self._loop = asyncio.get_running_loop()
         self._waiter: asyncio.Future[None] | None = None
+        self._aborted: TandemError | None = None
         self.running = len(streams)
         """Choices that have not ended."""
         for stream in streams:
             stream.subscribe(self.wake)
 
     @classmethod
-    async def start(cls, engine: EngineClient, submits: Sequence[Submit], *, rank: int | None) -> Self:
+    async def start(cls, engine: EngineClient, submits: Sequence[Submit], *, rank: int | None, name: str = "") -> Self:
         """Submit every choice, or none: what was submitted before one is refused is aborted."""
         streams: list[GenerationStream] = []
         try:
@@ -39,13 +43,19 @@ class Generation:
             for stream in streams:
                 stream.close()
             raise
-        return cls(streams)
+        return cls(streams, name)
 
     def wake(self) -> None:
         """Make `wait` return, with nothing if nothing has arrived."""
         waiter = self._waiter
         if waiter is not None and not waiter.done():
             waiter.set_result(None)
+
+    def abort(self, error: TandemError) -> None:
+        """End every choice; whoever reads gets `error`."""
+        self._aborted = error
+        self.close()
+        self.wake()
 
     async def wait(self) -> list[tuple[int, Tokens]]:
         """What arrived, as (choice, tokens); waits for something, or for `wake`. Raises what ended a choice."""
@@ -60,6 +70,8 @@ class Generation:
         return self._collect()
 
     def _collect(self) -> list[tuple[int, Tokens]]:
+        if self._aborted is not None:
+            raise self._aborted
         arrived: list[tuple[int, Tokens]] = []
         for choice, stream in enumerate(self._streams):
             if stream is None:

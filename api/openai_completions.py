@@ -43,7 +43,7 @@ async def answer(request: web.Request, body: CompletionBody, arrived: float) -> 
         body = first_token_body(body)
     wanted = LogprobsWanted(sample=_num_logprobs(body), prompt=_num_prompt_logprobs(body))
     constraint = await constraint_of(context, body)
-    texts_or_ids = [await _encoded(context, prompt, body) for prompt in prompts]
+    texts_or_ids = [await encode_prompt(context, prompt, body) for prompt in prompts]
     submission = await build_submission(
         context,
         body,
@@ -140,7 +140,8 @@ def _num_prompt_logprobs(body: CompletionBody) -> int | None:
     return body.prompt_logprobs
 
 
-async def _encoded(context: Context, prompt: str | Sequence[int], body: CompletionBody) -> tuple[int, ...]:
+async def encode_prompt(context: Context, prompt: str | Sequence[int], body: CompletionBody) -> tuple[int, ...]:
+    """The ids of one prompt. Raises RequestError."""
     max_model_len = context.info.max_model_len
     if not isinstance(prompt, str):
         return truncated(prompt, body, max_model_len)

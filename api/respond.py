@@ -35,8 +35,10 @@ async def respond(
     """Generate and answer. Leaving early, by an error or because the client went away, aborts what is running."""
     context = request.app[CONTEXT]
     rank = context.rank_of(request)
-    async with await Generation.start(context.engine, submission.submits, rank=rank) as generation:
+    name = submission.response_id
+    async with await Generation.start(context.engine, submission.submits, rank=rank, name=name) as generation:
         reader = Reader(context, submission, generation, outputs, rank=rank or 0, arrived=arrived)
+        context.live.add(generation)
         try:
             response = make(reader)
             if stream:
@@ -44,6 +46,7 @@ async def respond(
                 return await send_events(request, generation, response, keepalive_s=keepalive_s, headers=headers or {})
             return json_response(await response.collect(), headers=headers)
         finally:
+            context.live.discard(generation)
             reader.close()
 
 
