@@ -71,6 +71,8 @@ class RenderedPrompt(msgspec.Struct, frozen=True, kw_only=True):
     """The tools the model was shown; without any, tool markup in the output is plain content."""
     must_call: bool
     """Whether the request demands a tool call, to be enforced by a grammar."""
+    answer_prefix: str = ""
+    """The beginning of the answer, where the prompt holds one to continue."""
 
     @property
     def text(self) -> str:
@@ -117,7 +119,14 @@ def render_chat(request: ChatRequest) -> RenderedPrompt:
         builder = PromptBuilder()
         builder.template(CALLS_OPEN)
         segments, start = (*segments, *builder.build()), ParserStart(StartState.TOOL)
-    return RenderedPrompt(segments=segments, start=start, mode=request.mode, tools=tools, must_call=must_call)
+    return RenderedPrompt(
+        segments=segments,
+        start=start,
+        mode=request.mode,
+        tools=tools,
+        must_call=must_call,
+        answer_prefix=messages[-1].content if start.continuation and start.state is StartState.CONTENT else "",
+    )
 
 
 def render_fim(prompt: str, suffix: str) -> Segments:

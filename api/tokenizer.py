@@ -56,6 +56,8 @@ class Tokenizer:
         self.eos_id = self._added[markers.EOS]
         self.special_ids = frozenset(token["id"] for token in added if token["special"])
         """Ids that decoded text leaves out by default: BOS, EOS, padding and placeholders, but not `<think>`."""
+        self.added_ids = frozenset(self._added.values())
+        """Ids of all control tokens; plain text never encodes to one."""
         self._vocabulary = self._bpe.get_vocab(with_added_tokens=False) | self._added
         self.bytes_of: list[bytes] = bytes_table(self._vocabulary.items())
         """id -> the bytes it stands for, control tokens as they are spelled."""

@@ -21,7 +21,12 @@ def v4(v4_folder):
 
 
 @pytest.fixture(scope="session")
-def small(tmp_path_factory):
+def small_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("small-tokenizer")
     (folder / "tokenizer.json").write_text(json.dumps(small_tokenizer_spec()), encoding="utf-8")
-    return Tokenizer.load(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small(small_folder):
+    return Tokenizer.load(small_folder)

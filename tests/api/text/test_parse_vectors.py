@@ -1,7 +1,9 @@
 import pytest
 
-from api.output import ChatOutput
+from api.chat_output import ChatOutput
 from api.parse_events import ParserStart, StartState
+from api.text_output import TextRules
+from runtime.requests import Tokens
 from tests.api.text import vectors
 from tests.api.text.outputs import collect, parse_text, parse_tokens, random_cuts, start_of
 
@@ -54,10 +56,16 @@ def test_other_starts_and_stop_strings(v4, vector):
     start = ParserStart(StartState.TOOL) if given["starts_in_tool_calls"] else STAGES[given["start_stage"]]
     ids = v4.encode(given["text"])
     for seed in range(20):
-        output = ChatOutput(v4, start, tools=given["tools"], stops=given["stop"] or ())
-        events = [event for group in random_cuts(ids, seed, largest=1 + seed) for event in output.push(group)]
-        rest, reason = output.finish(given["finish"])
-        assert collect(events + rest) | {"finish_reason": reason} == expected
+        output = ChatOutput(v4, TextRules(stops=tuple(given["stop"] or ())), start, tools=given["tools"])
+        groups = [tuple(group) for group in random_cuts(ids, seed, largest=1 + seed)]
+        events, reason = [], None
+        for group in [*groups, ()]:
+            piece = output.feed(Tokens("r", group, finish_reason=None if group else given["finish"]))
+            events += piece.events
+            reason = piece.finish_reason
+            if reason is not None:
+                break
+        assert collect(events) | {"finish_reason": output.parser.finish_reason(reason)} == expected
 
 
 @pytest.mark.parametrize("vector", DELTAS, ids=by_name)

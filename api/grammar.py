@@ -1,0 +1,96 @@
+"""A constraint on a model's output: what it is, and the check that it can be enforced before any work is done.
+
+The engine process gets a `Constraint` as bytes and makes its own matcher of it (`api.grammar_matcher`).
+"""
+
+import asyncio
+from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
+from typing import Final
+
+import msgspec
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+
+from api.grammar_formats import first_line
+from api.grammar_tokens import grammar_tokenizer
+from api.tokenizer import Tokenizer
+from runtime.errors import RequestError
+
+CHECK_TIMEOUT_S: Final = 10.0
+"""A grammar that is not compiled by then is refused. Includes the wait for other requests' grammars."""
+REMEMBERED: Final = 256
+
+_encoder = msgspec.msgpack.Encoder()
+
+
+class Constraint(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """`grammar` is llguidance's JSON form and describes the answer, from its first token to its end."""
+
+    grammar: str
+    after_reasoning: bool = False
+    """The output begins inside the reasoning, which is free; the grammar binds from `</think>` on."""
+    only_calls: bool = False
+    """Prose is free too; the grammar binds from the first tool tag on."""
+    allows_calls: bool = False
+    """The grammar knows tool calls, so a tool tag inside the reasoning ends it."""
+    prefix: str = ""
+    """The beginning of the answer that the prompt already holds."""
+
+
+def encode_constraint(constraint: Constraint) -> bytes:
+    return _encoder.encode(constraint)
+
+
+def parser_limits() -> LLParserLimits:
+    """What one grammar may cost at most, in the library's units."""
+    return LLParserLimits(
+        initial_lexer_fuel=500_000, step_lexer_fuel=200_000, step_max_items=50_000, max_grammar_size=200_000
+    )
+
+
+class GrammarChecker:
+    """Compiles each new grammar once, in a thread, before its request goes to the engine."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._ll: LLTokenizer | None = None
+        self._problems: OrderedDict[str, str] = OrderedDict()
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="grammar")
+
+    async def check(self, constraint: Constraint, param: str) -> bytes:
+        """The constraint as the engine takes it. Raises RequestError, naming `param`, if it cannot be enforced."""
+        key = f"{constraint.prefix}\0{constraint.grammar}"
+        problem = self._problems.get(key)
+        if problem is None:
+            loop = asyncio.get_running_loop()
+            try:
+                async with asyncio.timeout(CHECK_TIMEOUT_S):
+                    problem = await loop.run_in_executor(self._thread, self._problem, constraint)
+            except TimeoutError:
+                problem = f"did not compile within {CHECK_TIMEOUT_S:g} s"
+            self._problems[key] = problem
+            if len(self._problems) > REMEMBERED:
+                self._problems.popitem(last=False)
+        else:
+            self._problems.move_to_end(key)
+        if problem:
+            raise RequestError(f"{param}: cannot be enforced: {problem}", param=param)
+        return encode_constraint(constraint)
+
+    def find_problem(self, grammar: str) -> str:
+        """What is wrong with a grammar; empty when nothing is. Blocks while it compiles."""
+        return self._problem(Constraint(grammar=grammar))
+
+    def close(self) -> None:
+        """End the compiling thread."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    def _problem(self, constraint: Constraint) -> str:
+        if self._ll is None:
+            self._ll = grammar_tokenizer(self._tokenizer)
+        matcher = LLMatcher(self._ll, constraint.grammar, log_level=0, limits=parser_limits())
+        if not matcher.is_error() and constraint.prefix:
+            matcher.consume_tokens(self._tokenizer.encode_plain(constraint.prefix))
+            if matcher.is_error():
+                return "the message to continue does not follow it"
+        return first_line(matcher.get_error())
