@@ -22,7 +22,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from kernels.rms_norm import rms_norm_ref
+from kernels.rms_norm import inverse_rms, rms_norm_ref
 from kernels.row_linear import row_linear
 
 
@@ -61,22 +61,25 @@ def sinkhorn_ref(logits_TSS: Tensor, iterations: int, eps: float) -> Tensor:
 
 
 def _sinkhorn_cpu(logits_TSS: Tensor, iterations: int, eps: float) -> Tensor:
-    """The same steps through NumPy, whose cost per call on a few numbers is a third of torch's: a decode step makes
-    some 120 of them per sublayer. Tokens are the innermost dimension, so a token's bits do not depend on the batch."""
-    m = logits_TSS.softmax(-1).permute(1, 2, 0).contiguous().numpy()  # [from, to, T]
+    """The same steps through NumPy, whose calls on a few numbers cost a third of torch's: this would otherwise be the
+    dearest op of a CPU decode step. Tokens are the innermost dimension and at least two, which keeps the order of a
+    token's sums, and so its bits, the same in every batch."""
+    num_tokens = logits_TSS.shape[0]
+    start = logits_TSS.softmax(-1)
+    if num_tokens == 1:
+        start = start.expand(2, -1, -1)
+    m = start.permute(1, 2, 0).contiguous().numpy()  # [from, to, T]
     epsilon = m.dtype.type(eps)
     columns, rows = numpy.empty_like(m[:1]), numpy.empty_like(m[:, :1])
-    add, divide, total = numpy.add, numpy.divide, numpy.add.reduce
-    add(m, epsilon, m)
+    total, divide = numpy.add.reduce, numpy.divide
+    numpy.add(m, epsilon, m)
     for step in range(iterations):
         if step:
-            total(m, 1, out=rows, keepdims=True)
-            add(rows, epsilon, rows)
+            total(m, 1, out=rows, keepdims=True, initial=epsilon)
             divide(m, rows, m)
-        total(m, 0, out=columns, keepdims=True)
-        add(columns, epsilon, columns)
+        total(m, 0, out=columns, keepdims=True, initial=epsilon)
         divide(m, columns, m)
-    return torch.from_numpy(m).permute(2, 0, 1)
+    return torch.from_numpy(m).permute(2, 0, 1)[:num_tokens]
 
 
 def sinkhorn(logits_TSS: Tensor, iterations: int, eps: float) -> Tensor:
@@ -88,11 +91,11 @@ def sinkhorn(logits_TSS: Tensor, iterations: int, eps: float) -> Tensor:
 
 def _project(streams: Tensor, fn: Tensor, eps: float) -> Tensor:
     v = streams.flatten(1).float()
-    return row_linear(v, fn) * v.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+    return row_linear(v, fn).mul_(inverse_rms(v, eps))
 
 
 def _weighted_sum(weights_TS: Tensor, streams: Tensor) -> Tensor:
-    return (weights_TS[..., None] * streams.float()).sum(1).to(streams.dtype)
+    return torch.bmm(weights_TS[:, None], streams.float())[:, 0].to(streams.dtype)
 
 
 def hyper_pre_ref(
@@ -109,11 +112,8 @@ def hyper_pre_ref(
 
 def hyper_post_ref(output: Tensor, streams: Tensor, mix: Mix) -> Tensor:
     """output [T, D], streams [T, S, D] -> streams [T, S, D]."""
-    wide = streams.float()
-    result = mix.post_TS[..., None] * output.float()[:, None]
-    for source in range(streams.shape[1]):
-        result += mix.comb_TSS[:, source, :, None] * wide[:, source, None]
-    return result.to(streams.dtype)
+    written = mix.post_TS[..., None] * output.float()[:, None]
+    return torch.baddbmm(written, mix.comb_TSS.mT, streams.float()).to(streams.dtype)
 
 
 def hyper_head_ref(streams: Tensor, weights: HyperWeights, settings: HyperSettings) -> Tensor:

@@ -73,25 +73,31 @@ def _matrix(packed: Tensor, scale: Tensor | None, expert: int, dtype: torch.dtyp
 def routed_experts_ref(
     x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, local: ExpertWeights, *, limit: float, simulate: bool
 ) -> Tensor:
-    output = torch.zeros(x_TD.shape, dtype=torch.float32, device=x_TD.device)
-    first, num_local, topk = local.first, local.w13.shape[0], experts_TK.shape[1]
-    order = experts_TK.flatten().sort(stable=True)
+    first, num_local = local.first, local.w13.shape[0]
+    num_tokens, topk = experts_TK.shape
+    order = experts_TK.flatten().sort(stable=True)  # assignments by expert, then by token
     counts = torch.bincount(order.values, minlength=first + num_local).tolist()
-    inputs = simulate_fp8(x_TD, ACTIVATION_BLOCK) if simulate else x_TD
-    token = order.indices // topk
-    weight = weights_TK.flatten()[order.indices, None]
-    start = sum(counts[:first])
-    for expert, count in enumerate(counts[first : first + num_local]):
-        if not count:
-            continue
-        rows = token[start : start + count]
-        gate, up = row_linear(inputs[rows], _matrix(local.w13, local.w13_scale, expert, x_TD.dtype)).chunk(2, -1)
-        hidden = (swiglu_ref(gate, up, limit) * weight[start : start + count]).to(x_TD.dtype)
-        if simulate:
-            hidden = simulate_fp8(hidden, ACTIVATION_BLOCK)
-        output.index_add_(0, rows, row_linear(hidden, _matrix(local.w2, local.w2_scale, expert, x_TD.dtype)).float())
-        start += count
-    return output
+    begin = sum(counts[:first])
+    counts = counts[first : first + num_local]
+    mine = order.indices[begin : begin + sum(counts)]
+    x = (simulate_fp8(x_TD, ACTIVATION_BLOCK) if simulate else x_TD)[mine // topk]
+    gate, up = _by_expert(x, counts, local.w13, local.w13_scale).chunk(2, -1)
+    hidden = (swiglu_ref(gate, up, limit) * weights_TK.flatten()[mine, None]).to(x_TD.dtype)
+    if simulate:
+        hidden = simulate_fp8(hidden, ACTIVATION_BLOCK)
+    outputs = x_TD.new_zeros(num_tokens * topk, x_TD.shape[1], dtype=torch.float32)
+    outputs[mine] = _by_expert(hidden, counts, local.w2, local.w2_scale).float()
+    return outputs.view(num_tokens, topk, -1).sum(1)
+
+
+def _by_expert(rows: Tensor, counts: list[int], weight: Tensor, scale: Tensor | None) -> Tensor:
+    """Consecutive runs of `rows`, counts[e] of them through expert e."""
+    parts, start = [], 0
+    for expert, count in enumerate(counts):
+        if count:
+            parts.append(row_linear(rows[start : start + count], _matrix(weight, scale, expert, rows.dtype)))
+            start += count
+    return torch.cat(parts) if parts else rows.new_empty(0, weight.shape[1])
 
 
 def route_by_score(x_TD: Tensor, gate_ED: Tensor, bias_E: Tensor, topk: int, scale: float) -> tuple[Tensor, Tensor]:

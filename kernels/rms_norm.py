@@ -6,15 +6,22 @@ Bound by memory: one read and one write of x.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
 def rms_norm_ref(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     wide = x.float()
-    normed = wide * wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+    normed = wide * inverse_rms(wide, eps)
     if weight is not None:
         normed *= weight
     return normed.to(x.dtype)
+
+
+def inverse_rms(x: Tensor, eps: float) -> Tensor:
+    """1 / sqrt(mean(x^2) + eps) over the last dimension, kept: float32 [..., D] -> [..., 1]."""
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return norm.square_().mul_(1.0 / x.shape[-1]).add_(eps).rsqrt_()
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:

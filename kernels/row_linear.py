@@ -1,12 +1,13 @@
 """x W^T with rows that do not depend on how many rows there are: x [..., K], weight [N, K], same dtype; -> [..., N].
 
 CPU BLAS libraries take another summation order for fewer than four rows (matrix-vector code). A request would then
-decode to other last bits alone than beside others, and bits decide expert choices and quantisation steps. Padding to
-four rows keeps one order. On CUDA this is torch's linear.
+decode to other last bits alone than beside others, and bits decide expert choices and quantisation steps. Repeating
+rows up to four keeps one order. On CUDA this is torch's linear.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -17,5 +18,5 @@ def row_linear(x: Tensor, weight: Tensor) -> Tensor:
     rows = x.shape[:-1].numel()
     if x.is_cuda or rows >= MIN_ROWS or rows == 0:
         return functional.linear(x, weight)
-    padded = functional.pad(x.reshape(rows, -1), (0, 0, 0, MIN_ROWS - rows))
-    return functional.linear(padded, weight)[:rows].view(*x.shape[:-1], -1)
+    repeated = torch.cat((x.reshape(rows, -1),) * -(-MIN_ROWS // rows))
+    return functional.linear(repeated, weight)[:rows].view(*x.shape[:-1], -1)

@@ -18,7 +18,7 @@ from model.compressor import OverlapCompressor, PendingCompressor
 from model.config import ModelConfig
 from model.context import ForwardContext
 from model.indexer import Indexer
-from model.linear import Linear, Numerics, Weight, WeightHolder
+from model.linear import Linear, Numerics, StackedWeight, Weight, WeightHolder
 from model.state import LayerState
 
 
@@ -29,17 +29,35 @@ class Attention:
         self._config, self._frequencies = config, frequencies
         self._ratio = config.compress_ratios[layer]
         self._scale = config.head_dim**-0.5
-        self.wq_a, self.wq_b, self.wkv, self.wo_b = (Linear(numerics) for _ in range(4))
+        heads, dim, rank = config.num_attention_heads, config.head_dim, config.q_lora_rank
+        self.wq_a_wkv = Linear((rank, dim), config.hidden_size, numerics)
+        self.wq_b = Linear(heads * dim, rank, numerics)
+        self.wo_b = Linear(config.hidden_size, config.o_groups * config.o_lora_rank, numerics)
         self.wo_a = Weight(numerics.dtype, numerics)  # the released program multiplies this one unquantised
         self.q_norm, self.kv_norm, self.attn_sink = (Weight(torch.float32, numerics) for _ in range(3))
         kind, eps = config.layer_kind(layer), config.rms_norm_eps
-        self.indexer = Indexer(config, frequencies, numerics) if kind == "csa" else None
-        self.overlap_compressor = OverlapCompressor(frequencies, eps, numerics) if kind == "csa" else None
-        self.pending_compressor = PendingCompressor(frequencies, eps, numerics) if kind == "hca" else None
+        self.indexer: Indexer | None = None
+        self.overlap_compressor: OverlapCompressor | None = None
+        self.pending_compressor: PendingCompressor | None = None
+        self.projections: StackedWeight | None = None
+        if kind == "csa":
+            rows = (*[2 * dim] * 2, *[2 * config.index_head_dim] * 2)
+            self.projections = StackedWeight(rows, config.hidden_size, torch.float32, numerics)
+            self.overlap_compressor = OverlapCompressor(self.projections, 0, frequencies, eps, numerics)
+            index_compressor = OverlapCompressor(self.projections, 2, frequencies, eps, numerics)
+            self.indexer = Indexer(config, index_compressor, frequencies, numerics)
+        elif kind == "hca":
+            self.projections = StackedWeight((dim, dim), config.hidden_size, torch.float32, numerics)
+            self.pending_compressor = PendingCompressor(self.projections, 0, frequencies, eps, numerics)
 
     def holders(self, prefix: str) -> Iterator[tuple[str, WeightHolder]]:
-        for name in ("wq_a", "wq_b", "wkv", "wo_a", "wo_b", "q_norm", "kv_norm"):
-            yield f"{prefix}.{name}.weight", getattr(self, name)
+        yield f"{prefix}.wq_a.weight", self.wq_a_wkv.part(0)
+        yield f"{prefix}.wkv.weight", self.wq_a_wkv.part(1)
+        yield f"{prefix}.wq_b.weight", self.wq_b.part()
+        yield f"{prefix}.wo_a.weight", self.wo_a
+        yield f"{prefix}.wo_b.weight", self.wo_b.part()
+        yield f"{prefix}.q_norm.weight", self.q_norm
+        yield f"{prefix}.kv_norm.weight", self.kv_norm
         yield f"{prefix}.attn_sink", self.attn_sink
         compressor = self.overlap_compressor or self.pending_compressor
         if compressor is not None:
@@ -50,10 +68,11 @@ class Attention:
     def __call__(self, x_TD: Tensor, state: LayerState, context: ForwardContext) -> Tensor:
         config, index = self._config, context.index
         angles = context.angles(self._frequencies)
-        latent = rms_norm(self.wq_a(x_TD), self.q_norm.value, config.rms_norm_eps)
+        latent, row = self.wq_a_wkv.split(x_TD)
+        latent = rms_norm(latent, self.q_norm.value, config.rms_norm_eps)
         query = self.wq_b(latent).unflatten(-1, (config.num_attention_heads, config.head_dim))
         query = rope(rms_norm(query, None, config.rms_norm_eps), *angles)
-        row = rope(rms_norm(self.wkv(x_TD), self.kv_norm.value, config.rms_norm_eps), *angles)
+        row = rope(rms_norm(row, self.kv_norm.value, config.rms_norm_eps), *angles)
         chunk = self._pack(row, state.window, context)
 
         # An entry closed by a token of this pass is visible to that token: state first, then attention.
@@ -84,14 +103,15 @@ class Attention:
 
     def _compress(self, x_TD: Tensor, latent_TR: Tensor, state: LayerState, context: ForwardContext) -> Tensor | None:
         """Advances the layer's compressed state; -> the entries each token attends to."""
+        if self.projections is None:
+            return None
+        projected = self.projections(x_TD.float())
+        assert state.entries is not None
         if self.overlap_compressor is not None and self.indexer is not None:
             assert state.compressor is not None
-            assert state.entries is not None
-            self.overlap_compressor(x_TD, state.compressor, state.entries, context)
-            return self.indexer(x_TD, latent_TR, state, context)
-        if self.pending_compressor is not None:
-            assert state.pending is not None
-            assert state.entries is not None
-            self.pending_compressor(x_TD, state.pending, state.entries, context)
-            return all_entries(context.index, self._ratio)
-        return None
+            self.overlap_compressor(projected, state.compressor, state.entries, context)
+            return self.indexer(x_TD, latent_TR, projected, state, context)
+        assert self.pending_compressor is not None
+        assert state.pending is not None
+        self.pending_compressor(projected, state.pending, state.entries, context)
+        return all_entries(context.index, self._ratio)

@@ -21,23 +21,32 @@ from model.state import LayerState
 class Indexer:
     """Queries come from the attention's query latent, head weights and keys from the sublayer's input."""
 
-    def __init__(self, config: ModelConfig, frequencies: Tensor, numerics: Numerics) -> None:
+    def __init__(
+        self, config: ModelConfig, compressor: OverlapCompressor, frequencies: Tensor, numerics: Numerics
+    ) -> None:
         self._frequencies = frequencies
         self._heads, self._dim, self._topk = config.index_n_heads, config.index_head_dim, config.index_topk
-        self.wq_b = Linear(numerics)
+        self.wq_b = Linear(self._heads * self._dim, config.q_lora_rank, numerics)
         self.weights_proj = Weight(numerics.dtype, numerics)
-        self.compressor = OverlapCompressor(frequencies, config.rms_norm_eps, numerics)
+        self.compressor = compressor
 
     def holders(self, prefix: str) -> Iterator[tuple[str, WeightHolder]]:
-        yield f"{prefix}.wq_b.weight", self.wq_b
+        yield f"{prefix}.wq_b.weight", self.wq_b.part()
         yield f"{prefix}.weights_proj.weight", self.weights_proj
         yield from self.compressor.holders(f"{prefix}.compressor")
 
-    def __call__(self, x_TD: Tensor, latent_TR: Tensor, state: LayerState, context: ForwardContext) -> Tensor:
-        """-> int32 [T, K]: entries per token, -1 = none."""
+    def __call__(
+        self,
+        x_TD: Tensor,
+        latent_TR: Tensor,
+        projected: tuple[Tensor, ...],
+        state: LayerState,
+        context: ForwardContext,
+    ) -> Tensor:
+        """projected: outputs of the layer's compressor projections. -> int32 [T, K]: entries per token, -1 = none."""
         assert state.index_keys is not None
         assert state.index_compressor is not None
-        self.compressor(x_TD, state.index_compressor, state.index_keys, context)
+        self.compressor(projected, state.index_compressor, state.index_keys, context)
         query = rope(self.wq_b(latent_TR).unflatten(-1, (self._heads, self._dim)), *context.angles(self._frequencies))
         if context.simulate:
             query = simulate_row(state.index_keys, hadamard(query))

@@ -70,30 +70,65 @@ class HyperScale(Weight):
         super().load(weight.repeat_interleave(self._repeats), scale)
 
 
+class StackedWeight:
+    """Weights that multiply the same input, as one matrix: [sum of rows, columns] in one dtype."""
+
+    def __init__(self, rows: tuple[int, ...], columns: int, dtype: torch.dtype, numerics: Numerics) -> None:
+        self.rows = rows
+        self.value = torch.empty(sum(rows), columns, dtype=dtype, device=numerics.device)
+
+    def part(self, number: int) -> WeightHolder:
+        """Where the weight with rows[number] rows goes."""
+        start = sum(self.rows[:number])
+        return _Slice(self.value[start : start + self.rows[number]], None)
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
+        parts: tuple[Tensor, ...] = row_linear(x, self.value).split(self.rows, -1)
+        return parts
+
+
 class Linear:
-    """x W^T without bias, W stored [out, in] in FP8 with 128 x 128 scales.
+    """x W^T without bias, W stored [out, in] in FP8 with 128 x 128 scales; one or more W that share their input.
 
     Under the released numerics the input is rounded to e4m3 per token and 128 channels."""
 
-    def __init__(self, numerics: Numerics) -> None:
+    def __init__(self, rows: int | tuple[int, ...], columns: int, numerics: Numerics) -> None:
         self._numerics = numerics
+        self._parts = (rows,) if isinstance(rows, int) else rows
+        total = sum(self._parts)
         self.weight: Tensor | None = None
         self.codes: Tensor | None = None
         self.scales: Tensor | None = None
-
-    def load(self, weight: Tensor, scale: Tensor | None) -> None:
-        numerics = self._numerics
-        if numerics.packed and scale is not None:
-            self.codes = weight.view(torch.uint8).to(numerics.device)
-            self.scales = scale.view(torch.uint8).to(numerics.device)
+        if numerics.packed:
+            if any(rows % QUANT_TILE for rows in self._parts[:-1]):
+                raise ValueError(f"packed weights of {self._parts} rows do not stack: scales cover {QUANT_TILE} rows")
+            tiles = (-(-total // QUANT_TILE), -(-columns // QUANT_TILE))
+            self.codes = torch.empty(total, columns, dtype=torch.uint8, device=numerics.device)
+            self.scales = torch.empty(tiles, dtype=torch.uint8, device=numerics.device)
         else:
-            self.weight = dequantize(weight, scale).to(numerics.device, numerics.dtype)
+            self.weight = torch.empty(total, columns, dtype=numerics.dtype, device=numerics.device)
+
+    def part(self, number: int = 0) -> WeightHolder:
+        """Where the weight with rows[number] rows goes."""
+        start = sum(self._parts[:number])
+        rows = slice(start, start + self._parts[number])
+        if self.codes is not None and self.scales is not None:
+            tiles = slice(start // QUANT_TILE, -(-rows.stop // QUANT_TILE))
+            return _Slice(self.codes[rows], self.scales[tiles])
+        assert self.weight is not None
+        return _Slice(self.weight[rows], None)
 
     def __call__(self, x: Tensor) -> Tensor:
+        """-> [..., sum of rows]."""
         if self.codes is not None and self.scales is not None:
             return fp8_gemm(x, self.codes, self.scales)
         assert self.weight is not None
         return row_linear(simulate_fp8(x, QUANT_TILE) if self._numerics.simulate else x, self.weight)
+
+    def split(self, x: Tensor) -> tuple[Tensor, ...]:
+        """-> one output per stacked weight."""
+        parts: tuple[Tensor, ...] = self(x).split(self._parts, -1)
+        return parts
 
 
 class ExpertBank:
@@ -129,20 +164,20 @@ class ExpertBank:
         values, scales = self.weights.w13, self.weights.w13_scale
         if matrix == "w2":
             values, scales = self.weights.w2, self.weights.w2_scale
-        return _ExpertSlot(values[local, rows], None if scales is None else scales[local, rows])
+        return _Slice(values[local, rows], None if scales is None else scales[local, rows])
 
 
-class _ExpertSlot:
-    """One matrix of one expert inside its bank."""
+class _Slice:
+    """Rows of a larger matrix: values in their final dtype, or codes with scales."""
 
     def __init__(self, values: Tensor, scales: Tensor | None) -> None:
         self._values, self._scales = values, scales
 
     def load(self, weight: Tensor, scale: Tensor | None) -> None:
-        if self._scales is not None:
-            if scale is None:
-                raise ValueError("packed experts are loaded from packed FP4 weights only")
-            self._values.copy_(weight.view(torch.uint8))
-            self._scales.copy_(scale.view(torch.uint8))
-        else:
+        if self._scales is None:
             self._values.copy_(dequantize(weight, scale))
+            return
+        if scale is None:
+            raise ValueError("packed weights are loaded from quantised ones only")
+        self._values.copy_(weight.view(torch.uint8))
+        self._scales.copy_(scale.view(torch.uint8))

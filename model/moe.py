@@ -28,16 +28,20 @@ class ExpertParallel(Protocol):
 class SharedExpert:
     """The expert every token passes through; clamped like the routed ones."""
 
-    def __init__(self, limit: float, numerics: Numerics) -> None:
-        self._limit = limit
-        self.w1, self.w2, self.w3 = (Linear(numerics) for _ in range(3))
+    def __init__(self, config: ModelConfig, numerics: Numerics) -> None:
+        self._limit = config.swiglu_limit
+        width = config.n_shared_experts * config.moe_intermediate_size
+        self.w13 = Linear((width, width), config.hidden_size, numerics)
+        self.w2 = Linear(config.hidden_size, width, numerics)
 
     def holders(self, prefix: str) -> Iterator[tuple[str, WeightHolder]]:
-        for name in ("w1", "w2", "w3"):
-            yield f"{prefix}.{name}.weight", getattr(self, name)
+        yield f"{prefix}.w1.weight", self.w13.part(0)
+        yield f"{prefix}.w2.weight", self.w2.part()
+        yield f"{prefix}.w3.weight", self.w13.part(1)
 
     def __call__(self, x_TD: Tensor) -> Tensor:
-        return self.w2(swiglu(self.w1(x_TD), self.w3(x_TD), self._limit).to(x_TD.dtype))
+        gate, up = self.w13.split(x_TD)
+        return self.w2(swiglu(gate, up, self._limit).to(x_TD.dtype))
 
 
 class MixtureOfExperts:
@@ -51,7 +55,7 @@ class MixtureOfExperts:
         by_token = config.is_hash_layer(layer)
         self.bias = None if by_token else Weight(torch.float32, numerics)
         self.tid2eid = Weight(torch.int32, numerics) if by_token else None
-        self.shared = SharedExpert(config.swiglu_limit, numerics)
+        self.shared = SharedExpert(config, numerics)
         self.bank = ExpertBank(config, experts, numerics)
 
     def holders(self, prefix: str) -> Iterator[tuple[str, WeightHolder]]:
