@@ -79,10 +79,6 @@ class OutputParser:
             self._prose.finish()
         return self._sink.drain()
 
-    def finish_reason(self, reason: str) -> str:
-        """What the API reports for the engine's reason: "tool_calls" when the model stopped to have tools called."""
-        return "tool_calls" if reason == "stop" and self.num_calls else reason
-
     def _feed_run(self, token_ids: Sequence[int]) -> None:
         """Take tokens without control tokens among them."""
         if not token_ids:
