@@ -57,18 +57,19 @@ def collect(events: Iterable[Event]) -> dict[str, Any]:
 def parse_text(chunks: Iterable[str], start: ParserStart, *, tools: bool, finish: str) -> dict[str, Any]:
     parser = OutputParser(start, tools=tools)
     events = [event for chunk in chunks for event in parser.feed_text(chunk)]
-    events += parser.finish(finish)
-    return collect(events) | {"finish_reason": parser.finish_reason(finish)}
+    return finished(collect([*events, *parser.finish(finish)]), finish)
 
 
 def parse_tokens(groups: Iterable[Sequence[int]], tokenizer, start, *, tools: bool, finish: str) -> dict[str, Any]:
     parser = OutputParser(start, tools=tools, tokenizer=tokenizer)
     events = [event for group in groups for event in parser.feed(group)]
-    events += parser.finish(finish)
-    return collect(events) | {
-        "finish_reason": parser.finish_reason(finish),
-        "reasoning_tokens": parser.reasoning_tokens,
-    }
+    message = finished(collect([*events, *parser.finish(finish)]), finish)
+    return message | {"reasoning_tokens": parser.reasoning_tokens}
+
+
+def finished(message: dict[str, Any], reason: str) -> dict[str, Any]:
+    """A message with the finish reason that the API reports for the engine's."""
+    return message | {"finish_reason": "tool_calls" if reason == "stop" and message["tool_calls"] else reason}
 
 
 def random_cuts(items: Sequence[Any], seed: object, *, largest: int) -> list[Any]:

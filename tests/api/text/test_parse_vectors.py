@@ -5,7 +5,7 @@ from api.parse_events import ParserStart, StartState
 from api.text_output import TextRules
 from runtime.requests import Tokens
 from tests.api.text import vectors
-from tests.api.text.outputs import collect, parse_text, parse_tokens, random_cuts, start_of
+from tests.api.text.outputs import collect, finished, parse_text, parse_tokens, random_cuts, start_of
 
 PARSE = vectors.load("parse.json")["vectors"]
 MODES = vectors.load("parse-modes.json")["vectors"]
@@ -65,9 +65,7 @@ def test_other_starts_and_stop_strings(v4, vector):
             reason = piece.finish_reason
             if reason is not None:
                 break
-        message = collect(events)
-        reported = "tool_calls" if reason == "stop" and message["tool_calls"] else reason
-        assert message | {"finish_reason": reported} == expected
+        assert finished(collect(events), reason) == expected
 
 
 @pytest.mark.parametrize("vector", DELTAS, ids=by_name)
