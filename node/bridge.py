@@ -12,7 +12,7 @@ import xxhash
 
 from engine import connector
 from engine.connector import ConnectorEvent, FirstToken
-from kv_transfer import agent
+from kv_transfer import agent_events as transfer
 from kv_transfer.agent import TransferAgent
 
 _encode = msgspec.msgpack.Encoder().encode
@@ -65,11 +65,11 @@ class Bridge:
         return [_translate(event) for event in self._transfer.poll()]
 
 
-def _translate(event: agent.AgentEvent) -> ConnectorEvent:
+def _translate(event: transfer.AgentEvent) -> ConnectorEvent:
     match event:
-        case agent.SendEnded(transfer_id, outcome):
+        case transfer.SendEnded(transfer_id, outcome):
             return connector.SendEnded(transfer_id, outcome)
-        case agent.Received():
+        case transfer.Received():
             return connector.Received(
                 transfer_id=event.transfer_id,
                 first=_decode(event.payload),
@@ -78,9 +78,9 @@ def _translate(event: agent.AgentEvent) -> ConnectorEvent:
                 exposed_s=event.exposed_s,
                 wait_s=event.wait_s,
             )
-        case agent.ReceiveFailed(transfer_id, message, retryable):
+        case transfer.ReceiveFailed(transfer_id, message, retryable):
             return connector.ReceiveFailed(transfer_id, message, retryable)
-        case agent.Quiet(transfer_id):
+        case transfer.Quiet(transfer_id):
             return connector.Quiet(transfer_id)
-        case agent.EpochRenewed(epoch):
+        case transfer.EpochRenewed(epoch):
             return connector.EpochRenewed(epoch)

@@ -60,7 +60,7 @@ async def engine_processes(config: NodeConfig, role: Role) -> AsyncIterator[list
 async def serve(config: NodeConfig, role: Role, stopping: asyncio.Event) -> None:
     """Run the node until `stopping`. Raises ProcessDied when an engine rank ended by itself."""
     model_config = ModelConfig.load(Path(config.engine.model))
-    tokenizer = Tokenizer.load(config.engine.model)
+    tokenizer = Tokenizer.load(Path(config.engine.model))
     async with engine_processes(config, role) as engines:
         ready = [engine.about for engine in engines]
         model_id = config.model_id

@@ -117,7 +117,7 @@ async def wait_until_proven(url: str, deadline_s: float) -> None:
 
 @contextlib.asynccontextmanager
 async def cluster(config: ClusterConfig, directory: Path) -> AsyncIterator[list[Program]]:
-    """The cluster's processes, started; stopped in reverse order on the way out."""
+    """The cluster's processes, started and, on the way out, stopped in the same order: the router first stops taking work."""
     width = max(len(process.name) for process in config.processes)
     programs = [Program(process, directory, width) for process in config.processes]
     try:
@@ -125,7 +125,7 @@ async def cluster(config: ClusterConfig, directory: Path) -> AsyncIterator[list[
             await program.start()
         yield programs
     finally:
-        for program in reversed(programs):
+        for program in programs:
             await program.stop(config.stop_timeout_s)
 
 

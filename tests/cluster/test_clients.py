@@ -9,13 +9,14 @@ from typing import Any
 import aiohttp
 import openai
 import pytest
+import pytest_asyncio
 
 from tests.cluster.harness import Cluster
 
 MODEL = "tiny-v4"
 
 
-@pytest.fixture(scope="module")
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def cluster(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Cluster]:
     async with Cluster(tmp_path_factory.mktemp("cluster"), tiny_checkpoint) as running:
         yield running

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import pytest_asyncio
 
 from tests.cluster.client import Answer, complete_all, prompts_of_lengths
 from tests.cluster.harness import Cluster, ranks, standalone
@@ -31,7 +32,7 @@ def workload() -> tuple[list[list[int]], list[int]]:
     return prompts_of_lengths(LENGTHS, seed=5), [rng.randint(1, 40) for _ in LENGTHS]
 
 
-@pytest.fixture(scope="module")
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def expected(
     tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory, workload: tuple[list[list[int]], list[int]]
 ) -> AsyncIterator[list[Answer]]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import aiohttp
 import pytest
+import pytest_asyncio
 
 from tests.cluster.client import Answer, complete, complete_all, prompts_of_lengths
 from tests.cluster.harness import Cluster, Program, ranks, standalone
@@ -33,7 +34,7 @@ ROUTER = {"deadlines": {"connect_s": 2.0}}
 NUM_TOKENS = 12
 
 
-@pytest.fixture(scope="module")
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def expected(
     tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[list[list[int]], list[Answer]]:

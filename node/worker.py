@@ -1,0 +1,102 @@
+"""The target of an engine process: build one rank from its parts, then serve until told to stop.
+
+This is where the parts that do not know each other meet: the engine's pools become the memory regions of the transfer,
+and the transfer becomes the engine's connector.
+"""
+
+import logging
+import os
+from typing import Literal
+
+import msgspec
+
+from node.config import NodeConfig
+from runtime import logging as logs
+from runtime.channel import ChannelAddress, EngineChannel
+from runtime.errors import ProcessDied, TandemError
+from runtime.process import ignore_terminal_signals
+
+log = logging.getLogger(__name__)
+
+
+class WorkerSpec(msgspec.Struct, frozen=True):
+    """What an engine process is told at its start."""
+
+    config: NodeConfig
+    role: Literal["prefill", "decode", "standalone"]
+
+
+def run_rank(address: ChannelAddress, spec: WorkerSpec) -> None:
+    """Serve rank `address.rank`. Exits 1 with the reason logged when it cannot start or cannot go on."""
+    ignore_terminal_signals()
+    logs.configure(f"{spec.role}/{address.rank}", spec.config.log_level)
+    channel = EngineChannel(address)
+    try:
+        _serve(channel, address.rank, spec)
+    except ProcessDied as error:
+        log.warning("ending: %s", error)
+    except TandemError as error:
+        log.error("%s", error)
+        raise SystemExit(1) from None
+
+
+def _serve(channel: EngineChannel, rank: int, spec: WorkerSpec) -> None:
+    # The transfer engine reads its environment when it is imported, and torch takes a second: both only in here.
+    import torch
+
+    from engine.engine import Engine
+    from engine.loader import load_rank
+    from engine.worker import run_worker
+    from kv_transfer.agent import TransferAgent
+    from kv_transfer.format import StateFormat
+    from kv_transfer.regions import MemoryRegion
+    from node.bridge import Bridge
+    from node.fingerprint import model_fingerprint
+    from runtime.requests import EngineReady
+
+    if "OMP_NUM_THREADS" not in os.environ and not torch.cuda.is_available():
+        # Ranks of one machine share its cores; each taking all of them only makes them wait for each other.
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // (2 * spec.config.data_parallel_size)))
+    loaded = load_rank(spec.config.engine, holds_states=spec.role == "prefill", rank=rank)
+    state_format = StateFormat(
+        model_fingerprint=model_fingerprint(loaded.config, loaded.model_config),
+        layout=msgspec.to_builtins(loaded.layout),
+        page_bytes=loaded.layout.page_bytes,
+        slot_bytes=loaded.layout.slot_bytes,
+        page_tokens=loaded.layout.page_tokens,
+    )
+    transfer: TransferAgent | None = None
+    if spec.role != "standalone":
+        transfer = TransferAgent(
+            spec.config.transfer,
+            state_format,
+            pages=MemoryRegion(loaded.memory.pages.data_ptr(), loaded.layout.page_bytes, loaded.shape.num_pages),
+            slots=MemoryRegion(loaded.memory.slots.data_ptr(), loaded.layout.slot_bytes, loaded.shape.num_slots),
+            rank=rank,
+            wake=channel.wake,
+        )
+        transfer.start()
+    try:
+        engine = Engine(
+            loaded.config,
+            loaded.shape,
+            loaded.forward,
+            connector=Bridge(transfer) if transfer is not None else None,
+            device=loaded.device,
+            rank=rank,
+            handoff_address=transfer.address if transfer is not None else "",
+        )
+        ready = EngineReady(
+            rank=rank,
+            epoch=transfer.epoch if transfer is not None else "",
+            handoff_address=transfer.address if transfer is not None else "",
+            format_digest=state_format.digest,
+            format_summary=state_format.summary,
+            max_model_len=loaded.shape.max_model_len,
+            num_pages=loaded.shape.num_pages,
+            num_slots=loaded.shape.num_slots,
+        )
+        run_worker(engine, channel, ready)
+    finally:
+        if transfer is not None:
+            transfer.stop(spec.config.transfer.stop_grace_s)
