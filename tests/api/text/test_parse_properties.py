@@ -1,0 +1,111 @@
+"""Properties of parsing: what was rendered comes back, cuts do not matter, nothing raises."""
+
+import json
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from api.encoding import markers
+from api.encoding.messages import AssistantMessage, SystemMessage, ToolCall, UserMessage
+from api.encoding.render import render
+from api.parse import OutputParser
+from api.parse_events import ParserStart, StartState
+from tests.api.text.outputs import collect, parse_text, parse_tokens, start_of
+
+D = markers.DSML
+SPELLED = [
+    *markers.REQUIRED, f"<{D}tool_calls>", f"</{D}tool_calls>", f'<{D}invoke name="f">', f"</{D}invoke>", f"<{D}",
+    f'<{D}parameter name="k" string="true">', f"</{D}parameter>", "</", "<", "\n", "\n\n", '"', "\\", "🤔", "é",
+]  # fmt: skip
+text = st.lists(st.one_of(st.sampled_from(SPELLED), st.text(max_size=6)), max_size=8).map("".join)
+names = st.from_regex(r"[a-zA-Z0-9_-]{1,12}", fullmatch=True)
+json_values = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False, allow_infinity=False), text),
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(text, inner, max_size=3)),
+    max_leaves=6,
+)
+arguments = st.dictionaries(text.filter(lambda key: '"' not in key), json_values, max_size=4)
+calls = st.lists(st.tuples(names, arguments), max_size=3)
+
+PIECES = [
+    *SPELLED, "tool_calls>", "tool>", f"<{D}toolcalls>\n", f'<{D}invoke name="ping"/>', f"</{D}toolcalls>", "text", " ",
+    f'<{D}parameter name="n" string="false">', f'<{D}parameter name="n">', "12", '{"a": 1}', f"<{D}tool_c", "</thi",
+]  # fmt: skip
+outputs = st.lists(st.one_of(st.sampled_from(PIECES), st.text(max_size=3)), max_size=14).map("".join)
+starts = st.builds(ParserStart, st.sampled_from(StartState), st.booleans())
+
+
+def output_of(tokenizer, message, *, thinking):
+    """The token ids a model would generate for this assistant message, and where their parser starts."""
+    conversation = (SystemMessage(content="S"), UserMessage(content="Q"))
+    options = {"thinking": thinking, "drop_reasoning": False}
+    prompt = tokenizer.encode_segments(render(conversation, **options))
+    whole = tokenizer.encode_segments(render((*conversation, message), **options, generation=False))
+    assert whole[: len(prompt)] == prompt
+    return whole[len(prompt) :], start_of(thinking)
+
+
+@settings(max_examples=300, deadline=None)
+@given(reasoning=text, content=text, calls=calls, thinking=st.booleans(), data=st.data())
+def test_a_rendered_message_is_parsed_back(v4, small, reasoning, content, calls, thinking, data):
+    message = AssistantMessage(
+        content=content,
+        reasoning=reasoning,
+        tool_calls=tuple(ToolCall(name=name, arguments=json.dumps(value)) for name, value in calls),
+    )
+    for tokenizer in (v4, small):
+        token_ids, start = output_of(tokenizer, message, thinking=thinking)
+        cut = data.draw(st.integers(0, len(token_ids)))
+        parsed = parse_tokens([token_ids[:cut], token_ids[cut:]], tokenizer, start, tools=bool(calls), finish="stop")
+        assert parsed["reasoning"] == (reasoning.strip("\n") if thinking else "")
+        assert parsed["content"] == (content.strip("\n") if calls else content.lstrip("\n"))
+        assert [(call["name"], json.loads(call["arguments"])) for call in parsed["tool_calls"]] == calls
+        assert parsed["finish_reason"] == ("tool_calls" if calls else "stop")
+
+
+@settings(max_examples=400, deadline=None)
+@given(output=outputs, start=starts, tools=st.booleans(), finish=st.sampled_from(["stop", "length"]), data=st.data())
+@example(
+    output=f'<think>\n\n</think>\n<{D}tool_calls><{D}invoke name="f"><{D}parameter name="k" string="true">\\"</',
+    start=ParserStart(StartState.CONTENT), tools=True, finish="length", data=None,
+)  # fmt: skip
+def test_cuts_of_text_and_tokens_do_not_matter(v4, output, start, tools, finish, data):
+    whole = parse_text([output], start, tools=tools, finish=finish)
+    assert parse_text(output, start, tools=tools, finish=finish) == whole
+    token_ids = v4.encode(output)
+    visible = output.replace(markers.BOS, "").replace(markers.EOS, "")
+    by_token = parse_tokens([[token_id] for token_id in token_ids], v4, start, tools=tools, finish=finish)
+    assert parse_tokens([token_ids], v4, start, tools=tools, finish=finish) == by_token
+    spent = by_token.pop("reasoning_tokens")
+    assert 0 <= spent <= len(token_ids)
+    if visible == output:
+        assert by_token == whole
+    if data is not None:
+        cut = data.draw(st.integers(0, len(output)))
+        assert parse_text([output[:cut], output[cut:]], start, tools=tools, finish=finish) == whole
+
+
+@settings(max_examples=300, deadline=None)
+@given(output=outputs, start=starts)
+def test_calls_that_the_model_ended_have_whole_arguments(output, start):
+    parser = OutputParser(start, tools=True)
+    message = collect(parser.feed_text(output) + parser.finish("stop"))
+    for call in message["tool_calls"]:
+        assert isinstance(json.loads(call["arguments"]), dict)
+
+
+@settings(max_examples=200, deadline=None)
+@given(output=outputs, start=starts)
+def test_without_tools_no_text_becomes_a_call(output, start):
+    if start.state is not StartState.TOOL:
+        assert parse_text([output], start, tools=False, finish="stop")["tool_calls"] == []
+
+
+@pytest.mark.parametrize("spelling", ["</think>", '<｜DSML｜tool_calls>\n<｜DSML｜invoke name="f">'])
+def test_a_marker_that_the_model_only_spells_out_is_text(v4, spelling):
+    token_ids = [*v4.encode_plain(f"It says {spelling} there."), v4.token_id(markers.THINK_CLOSE), *v4.encode("Yes")]
+    parsed = parse_tokens([token_ids], v4, start_of(True), tools=True, finish="stop")
+    assert parsed["reasoning"] == f"It says {spelling} there."
+    assert parsed["content"] == "Yes"
+    assert parsed["reasoning_tokens"] == len(token_ids) - 2
