@@ -100,9 +100,8 @@ def plan(config: ModelConfig, node: NodeConfig, *, gpu_memory_bytes: int, holds_
     if engine.kv_cache_memory_bytes is not None:
         free = min(free, engine.kv_cache_memory_bytes - slots)
     longest = config.max_position_embeddings if engine.max_model_len == "auto" else engine.max_model_len
-    num_pages = engine.num_pages
-    if num_pages == "auto":
-        num_pages = max(0, min(free // layout.page_bytes, num_slots * layout.pages_for(longest)))
+    most = max(0, min(free // layout.page_bytes, num_slots * layout.pages_for(longest)))
+    num_pages = most if engine.num_pages == "auto" else engine.num_pages
     return MemoryPlan(
         budget=budget,
         weights=weights,
