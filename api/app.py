@@ -32,6 +32,7 @@ def build_app(
     app[CONTEXT] = context
     app[probes.REGISTRY] = registry
     app.on_response_prepare.append(on_prepare(settings))
+    app.on_cleanup.append(_close)
     add_routes(app)
     if settings.enable_admin:
         add_admin_routes(app)
@@ -43,6 +44,10 @@ def build_app(
             "a warning header" if settings.think_max_policy == "warn" else "an error",
         )
     return app
+
+
+async def _close(app: web.Application) -> None:
+    app[CONTEXT].grammars.close()
 
 
 def add_routes(app: web.Application) -> None:

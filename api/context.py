@@ -8,6 +8,7 @@ from aiohttp import web
 from api.backend import EngineClient, EngineInfo
 from api.encoding.effort import EffortProfile, detect_profile
 from api.generation import Generation
+from api.grammar_request import GrammarPlanner
 from api.limiter import Limiter
 from api.metrics import ApiMetrics
 from api.sampling import Limits
@@ -24,6 +25,7 @@ class Context:
         self.tokenizer = tokenizer
         self.settings = settings
         self.metrics = metrics
+        self.grammars = GrammarPlanner(tokenizer)
         self.live: set[Generation] = set()
         """What is generating now."""
         self.limiter = Limiter(settings.max_concurrent_requests)

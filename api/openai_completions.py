@@ -7,7 +7,7 @@ from aiohttp import web
 from api.body import decode
 from api.chat import render_fim
 from api.completion_format import CompletionResponse, CompletionShape
-from api.constraints import check_formats, constraint_of
+from api.constraints import check_formats, completion_constraint
 from api.context import CONTEXT, REQUEST_ID, Context
 from api.handoff import first_token_body, leg_of
 from api.logprobs import TokenNames
@@ -42,7 +42,7 @@ async def answer(request: web.Request, body: CompletionBody, arrived: float) -> 
     if leg.kind == "prefill":
         body = first_token_body(body)
     wanted = LogprobsWanted(sample=_num_logprobs(body), prompt=_num_prompt_logprobs(body))
-    constraint = await constraint_of(context, body)
+    constraint = await completion_constraint(context, body)
     texts_or_ids = [await encode_prompt(context, prompt, body) for prompt in prompts]
     submission = await build_submission(
         context,

@@ -1,0 +1,183 @@
+"""How many streams one API process carries.
+
+    python -m benchmarks.streaming_api [--streams 512,768,...] [--period-ms 20] [--seconds 8] [--path chat|completions]
+
+An engine process without a model sends one token for each stream every period, in one message over the same channel
+that real engines use. The API process detokenises, parses, and writes one server-sent event per token; a client reads
+all streams and measures how long each token took from the engine's send to the client's receive. The API process runs
+on one core of its own where there is more than one; client and engine share the others. With the default list the last
+rows find the ceiling: a row "keeps up" when all tokens arrived in time and p99 is under one period.
+"""
+
+import argparse
+import asyncio
+import multiprocessing
+import os
+import tempfile
+import time
+from functools import partial
+from multiprocessing.connection import Connection
+from typing import Any, cast
+
+import orjson
+import uvloop
+from aiohttp import web
+from prometheus_client import CollectorRegistry
+
+from api.app import build_app
+from api.backend import EngineInfo
+from api.settings import ApiSettings
+from benchmarks.paced_engine import MAX_MODEL_LEN, Pace, added_ms, run, timing_tokenizer
+from node.engine_client import NodeEngineClient
+from node.engine_process import EngineProcess
+from runtime.channel import ChannelAddress
+
+BODIES: dict[str, dict[str, Any]] = {
+    "/v1/chat/completions": {"messages": [{"role": "user", "content": "hi"}], "reasoning_effort": "none"},
+    "/v1/completions": {"prompt": "hi"},
+}
+
+
+def cores() -> tuple[set[int], set[int]]:
+    """The core of the API process, and those of everything else."""
+    usable = sorted(os.sched_getaffinity(0))
+    return {usable[0]}, set(usable[1:]) or {usable[0]}
+
+
+def serve(address_of: Connection, period_s: float) -> None:
+    """The API process: tells its port, serves until its parent goes."""
+    uvloop.run(_serve(address_of, period_s))
+
+
+async def _serve(address_of: Connection, period_s: float) -> None:
+    tokenizer = timing_tokenizer()
+    first_time_id = tokenizer.token_id("0000")
+    assert first_time_id is not None
+    info = EngineInfo(model_id="paced", max_model_len=MAX_MODEL_LEN, vocab_size=tokenizer.vocab_size, role="standalone")
+    api_cores, other_cores = cores()
+    with tempfile.TemporaryDirectory(prefix="tandem-bench-") as directory:
+        engine = EngineProcess("paced", ChannelAddress(directory, 0), run, Pace(period_s, first_time_id))
+        os.sched_setaffinity(0, other_cores)
+        engine.start()
+        await engine.wait_ready(30.0)
+        os.sched_setaffinity(0, api_cores)
+        client = NodeEngineClient(info, [engine], lambda _: None)
+        app = build_app(client, tokenizer, ApiSettings(max_concurrent_requests=1 << 20), CollectorRegistry())
+        runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", 0, backlog=4096).start()
+        address_of.send(runner.addresses[0][:2])
+        try:
+            await asyncio.to_thread(address_of.poll, None)
+        finally:
+            await runner.cleanup()
+            await engine.stop(2.0)
+
+
+class StreamReader(asyncio.Protocol):
+    """One request, and the delay of every token that comes back."""
+
+    def __init__(self, request: bytes, key: bytes, delays_ms: list[float], ended: "asyncio.Future[None]") -> None:
+        self._request = request
+        self._key = key
+        self._delays_ms = delays_ms
+        self._ended = ended
+        self._tail = b""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        cast(asyncio.Transport, transport).write(self._request)  # uvloop's transports have a base of their own
+
+    def data_received(self, data: bytes) -> None:
+        now = time.monotonic()
+        data = self._tail + data
+        at = 0
+        while (found := data.find(self._key, at)) >= 0 and len(data) >= found + len(self._key) + 4:
+            at = found + len(self._key) + 4
+            text = data[at - 4 : at]
+            if text.isdigit():
+                self._delays_ms.append(added_ms(text, now))
+        self._tail = data[max(at, len(data) - 400) :]
+
+    def connection_lost(self, error: Exception | None) -> None:
+        if not self._ended.done():
+            self._ended.set_result(None)
+
+
+def cpu_s(pid: int) -> float:
+    """Processor seconds a process has used."""
+    with open(f"/proc/{pid}/stat") as stat:
+        fields = stat.read().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+async def measure(address: tuple[str, int], pid: int, path: str, num_streams: int, num_tokens: int) -> dict[str, float]:
+    """One row: all streams at once, from their start to their end."""
+    loop = asyncio.get_running_loop()
+    body = orjson.dumps({**BODIES[path], "stream": True, "max_tokens": num_tokens})
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nConnection: close\r\n"
+    request = f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
+    key = b'"content":"' if "chat" in path else b'"text":"'
+    delays_ms: list[list[float]] = [[] for _ in range(num_streams)]
+    ends = [loop.create_future() for _ in range(num_streams)]
+    begun, used = time.monotonic(), cpu_s(pid)
+    for delays, end in zip(delays_ms, ends, strict=True):
+        await loop.create_connection(partial(StreamReader, request, key, delays, end), *address)
+    started_s = time.monotonic() - begun
+    async with asyncio.timeout(300):
+        await asyncio.gather(*ends)
+    took_s, used_s = time.monotonic() - begun, cpu_s(pid) - used
+    # The first tokens come while connections still open, which is another load than the one in question.
+    steady = sorted(delay for delays in delays_ms for delay in delays[num_tokens // 4 :])
+    received = sum(map(len, delays_ms))
+    return {
+        "streams": num_streams,
+        "lost": num_streams * num_tokens - received,
+        "tokens_per_s": received / (took_s - started_s / 2),
+        "cpu": used_s / took_s,
+        "us_per_token": 1e6 * used_s / received,
+        "p50_ms": steady[len(steady) // 2],
+        "p99_ms": steady[len(steady) * 99 // 100],
+        "max_ms": steady[-1],
+    }
+
+
+async def main(options: argparse.Namespace) -> None:
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    server = context.Process(target=serve, args=(theirs, options.period_ms / 1000), daemon=False)
+    server.start()
+    os.sched_setaffinity(0, cores()[1])
+    try:
+        address = ours.recv()
+        assert server.pid is not None
+        path = "/v1/chat/completions" if options.path == "chat" else "/v1/completions"
+        num_tokens = int(options.seconds * 1000 / options.period_ms)
+        print(f"{path}, one token per stream every {options.period_ms:g} ms, {num_tokens} tokens a stream, one core")
+        print(f"{'streams':>8} {'asked/s':>9} {'tokens/s':>9} {'lost':>5} {'core':>6} {'us/token':>9} {'p50 ms':>8} "
+              f"{'p99 ms':>8} {'max ms':>8}  keeps up")  # fmt: skip
+        await measure(address, server.pid, path, 8, 20)
+        for num_streams in options.streams:
+            row = await measure(address, server.pid, path, num_streams, num_tokens)
+            asked = num_streams * 1000 / options.period_ms
+            keeps_up = row["lost"] == 0 and row["p99_ms"] < options.period_ms and row["tokens_per_s"] > 0.9 * asked
+            print(f"{num_streams:8d} {asked:9.0f} {row['tokens_per_s']:9.0f} {row['lost']:5.0f} {row['cpu']:6.0%} "
+                  f"{row['us_per_token']:9.1f} {row['p50_ms']:8.2f} {row['p99_ms']:8.2f} {row['max_ms']:8.2f}  "
+                  f"{'yes' if keeps_up else 'no'}", flush=True)  # fmt: skip
+    finally:
+        ours.send(None)
+        server.join(10)
+
+
+def options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.streaming_api", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    counts = "256,512,640,768,896,1024,1280"
+    parser.add_argument("--streams", type=lambda text: [int(n) for n in text.split(",")], default=counts)
+    parser.add_argument("--period-ms", type=float, default=20.0)
+    parser.add_argument("--seconds", type=float, default=8.0)
+    parser.add_argument("--path", choices=("chat", "completions"), default="chat")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    uvloop.run(main(options()))
