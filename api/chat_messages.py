@@ -82,35 +82,46 @@ def check_tool_results(messages: Sequence[Message]) -> None:
 
     Where ids are missing, calls and results are matched by number.
     """
-    waiting: list[str | None] = []
-    asked_at = 0
+    waiting = _Waiting()
     for index, message in enumerate(messages):
         if isinstance(message, AssistantMessage):
-            _refuse_unanswered(waiting, asked_at)
-            ids = [call.id for call in message.tool_calls if call.id is not None]
-            if len(set(ids)) < len(ids):
-                raise _error(f"messages.{index}.tool_calls", "two calls have the same id")
-            waiting, asked_at = [call.id for call in message.tool_calls], index
+            waiting.refuse_rest()
+            waiting = _Waiting(message.tool_calls, index)
         elif isinstance(message, ToolMessage):
-            if not waiting:
-                raise _error(f"messages.{index}", "a tool message must answer a tool call of an assistant message")
-            if message.tool_call_id in waiting:
-                waiting.remove(message.tool_call_id)
-            elif None in waiting:
-                waiting.remove(None)
-            elif message.tool_call_id is None:
-                waiting.pop(0)
-            else:
-                raise _error(f"messages.{index}.tool_call_id", "answers no tool call of the last assistant message")
-    _refuse_unanswered(waiting, asked_at)
+            waiting.answer(message.tool_call_id, index)
+    waiting.refuse_rest()
 
 
-def _refuse_unanswered(waiting: Sequence[str | None], index: int) -> None:
-    if waiting:
-        raise _error(
-            f"messages.{index}.tool_calls",
-            f"{len(waiting)} tool call(s) without an answering tool message before the next assistant turn",
-        )
+class _Waiting:
+    """The calls of one assistant message that have no result yet."""
+
+    def __init__(self, calls: Sequence[ToolCall] = (), index: int = 0) -> None:
+        ids = [call.id for call in calls if call.id is not None]
+        self._index = index
+        self._ids = dict.fromkeys(ids)
+        self._num_nameless = len(calls) - len(ids)
+        if len(self._ids) < len(ids):
+            raise _error(f"messages.{index}.tool_calls", "two calls have the same id")
+
+    def answer(self, call_id: str | None, index: int) -> None:
+        if call_id in self._ids:
+            del self._ids[call_id]
+        elif self._num_nameless:
+            self._num_nameless -= 1
+        elif not self._ids:
+            raise _error(f"messages.{index}", "a tool message must answer a tool call of an assistant message")
+        elif call_id is None:
+            del self._ids[next(iter(self._ids))]
+        else:
+            raise _error(f"messages.{index}.tool_call_id", "answers no tool call of the last assistant message")
+
+    def refuse_rest(self) -> None:
+        count = len(self._ids) + self._num_nameless
+        if count:
+            raise _error(
+                f"messages.{self._index}.tool_calls",
+                f"{count} tool call(s) without an answering tool message before the next assistant turn",
+            )
 
 
 def _assistant(value: Mapping[str, Any], where: str) -> AssistantMessage:

@@ -7,6 +7,7 @@ from typing import Final
 from api.encoding.markers import DSML, split_template
 from api.encoding.messages import Json, ToolCall
 from api.encoding.segments import PromptBuilder
+from runtime.errors import RequestError
 
 _TOOLS_BEFORE: Final = split_template(
     f"""## Tools
@@ -56,7 +57,10 @@ _PARAMETER_CLOSE: Final = split_template(f"</{DSML}parameter>")
 
 def to_json(value: Json) -> str:
     """JSON the way the model saw it in training: `", "` and `": "`, key order kept, nothing ASCII-escaped."""
-    return json.dumps(value, ensure_ascii=False)
+    try:
+        return json.dumps(value, ensure_ascii=False)
+    except RecursionError:
+        raise RequestError("a schema or an argument is nested too deeply") from None
 
 
 def schema_format_text(schema: Json) -> str:
