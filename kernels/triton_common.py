@@ -34,6 +34,12 @@ def from_exponent_byte(byte):
 
 
 @triton.jit
+def sigmoid(x):
+    """float32; far below zero it stays the smallest normal numbers instead of overflowing on the way."""
+    return 1.0 / (1.0 + tl.exp(-tl.maximum(x, -87.0)))
+
+
+@triton.jit
 def to_bf16(x, INTERPRET: tl.constexpr):
     """float32 -> bf16, to nearest even."""
     if INTERPRET:

@@ -12,7 +12,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.triton_common import INTERPRET, dot_operand, from_exponent_byte, power_of_two_scale, to_bf16, to_e4m3
+from kernels.triton_common import (
+    INTERPRET,
+    dot_operand,
+    from_exponent_byte,
+    power_of_two_scale,
+    sigmoid,
+    to_bf16,
+    to_e4m3,
+)
 from kernels.triton_quantize import QuantizedRows, scale_stride
 
 
@@ -57,7 +65,7 @@ def _up_kernel(
         gate = tl.minimum(gate, limit)
         up = tl.minimum(tl.maximum(up, -limit), limit)
         weight = tl.load(route_weight + row, mask=live, other=0.0)[:, None]
-        hidden = to_bf16(gate / (1.0 + tl.exp(tl.minimum(-gate, 80.0))) * up * weight, INTERPRET).to(tl.float32)
+        hidden = to_bf16(gate * sigmoid(gate) * up * weight, INTERPRET).to(tl.float32)
         scale = power_of_two_scale(tl.maximum(tl.max(tl.abs(hidden), axis=1), 1e-4), 1.0 / 448.0)
         code = to_e4m3(hidden * (1.0 / scale)[:, None], INTERPRET)
         tl.store(h + row[:, None] * stride_h + column[None, :], code, mask=live[:, None])

@@ -1,0 +1,310 @@
+"""Hyper-connections in two launches (specification: kernels.hyper_connection).
+
+T tokens, S = 4 streams, D hidden (a multiple of 128), streams bf16. The seam between two sublayers, post then pre:
+
+1. A program takes a block of tokens and a slice of channels: writes the new streams, and multiplies them by its columns
+   of fn on the tensor cores, leaving a partial product and a partial square sum. The streams are exact in bf16, fn goes
+   in as two bf16 halves, so the product is good to 2^-17 of each term, better than tf32.
+2. A program per token adds the parts, forms the four input weights and the normed input from the streams (still in L2);
+   beside them, programs of 32 tokens run Sinkhorn, one token a lane, all sixteen numbers in registers.
+
+Sums run in a fixed order: a token's results do not depend on timing, and on the batch only through the slice count.
+Bound by memory: streams read and written once.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.hyper_connection import HyperSettings, HyperWeights, Mix
+from kernels.triton_common import INTERPRET, dot_operand, sigmoid, to_bf16
+from kernels.triton_fp8_gemm import num_multiprocessors
+
+STREAMS = 4
+CHANNELS = 128
+COLUMNS = 32
+"""Width of a partial product: 24 mixes (or 4), then the square sum, then nothing."""
+MIX_TOKENS = 32
+
+
+@triton.jit
+def _post_project_kernel(
+    output, streams, post, comb, fn, new_streams, parts, num_tokens, hidden, steps,
+    POST: tl.constexpr, PROJECT: tl.constexpr, NUM: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr,
+    COLUMNS: tl.constexpr, INTERPRET: tl.constexpr,
+):  # fmt: skip
+    token = (tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)
+    live = token < num_tokens
+    part = tl.program_id(1)
+    inner = tl.arange(0, CHANNELS)
+    first = part * steps * CHANNELS
+    if POST:
+        for step in range(steps):
+            channel = first + step * CHANNELS + inner
+            place = token[:, None] * 4 * hidden + channel[None, :]
+            x0 = tl.load(streams + place, mask=live[:, None], other=0.0).to(tl.float32)
+            x1 = tl.load(streams + place + hidden, mask=live[:, None], other=0.0).to(tl.float32)
+            x2 = tl.load(streams + place + 2 * hidden, mask=live[:, None], other=0.0).to(tl.float32)
+            x3 = tl.load(streams + place + 3 * hidden, mask=live[:, None], other=0.0).to(tl.float32)
+            o = tl.load(output + token[:, None] * hidden + channel[None, :], mask=live[:, None], other=0.0)
+            for target in tl.static_range(4):
+                row = comb + token * 16 + target
+                mixed = tl.load(post + token * 4 + target, mask=live, other=0.0)[:, None] * o.to(tl.float32)
+                mixed += tl.load(row, mask=live, other=0.0)[:, None] * x0
+                mixed += tl.load(row + 4, mask=live, other=0.0)[:, None] * x1
+                mixed += tl.load(row + 8, mask=live, other=0.0)[:, None] * x2
+                mixed += tl.load(row + 12, mask=live, other=0.0)[:, None] * x3
+                tl.store(new_streams + place + target * hidden, to_bf16(mixed, INTERPRET), mask=live[:, None])
+    if PROJECT:
+        if POST:
+            tl.debug_barrier()  # the product reads back, through L2, what this program has just written
+        column = tl.arange(0, COLUMNS)
+        product = tl.zeros((TOKENS, COLUMNS), tl.float32)
+        square = tl.zeros((TOKENS,), tl.float32)
+        for step in range(4 * steps):
+            feature = (step // steps) * hidden + first + (step % steps) * CHANNELS + inner
+            stream = tl.load(
+                new_streams + token[:, None] * 4 * hidden + feature[None, :], mask=live[:, None], other=0.0
+            )
+            weight = tl.load(
+                fn + column[:, None] * 4 * hidden + feature[None, :], mask=(column < NUM)[:, None], other=0.0
+            )
+            high = to_bf16(weight, INTERPRET)
+            low = to_bf16(weight - high.to(tl.float32), INTERPRET)
+            operand = dot_operand(stream, INTERPRET)
+            product = tl.dot(operand, tl.trans(dot_operand(high, INTERPRET)), product)
+            product = tl.dot(operand, tl.trans(dot_operand(low, INTERPRET)), product)
+            wide = stream.to(tl.float32)
+            square += tl.sum(wide * wide, axis=1)
+        result = tl.where(column[None, :] == NUM, square[:, None], product)
+        target_row = parts + (part.to(tl.int64) * num_tokens + token[:, None]) * COLUMNS + column[None, :]
+        tl.store(target_row, result, mask=live[:, None])
+
+
+@triton.jit
+def _sum_parts(parts, token, column, num_tokens, num_parts, COLUMNS: tl.constexpr, PARTS: tl.constexpr):
+    """One column of one token."""
+    part = tl.arange(0, PARTS)
+    place = (part.to(tl.int64) * num_tokens + token) * COLUMNS + column
+    return tl.sum(tl.load(parts + place, mask=part < num_parts, other=0.0), axis=0)
+
+
+@triton.jit
+def _mix_column(parts, scale, base, column, token, live, factor, num_tokens, num_parts,
+                COLUMNS: tl.constexpr, PARTS: tl.constexpr):  # fmt: skip
+    """One mix of a block of tokens, scaled and shifted."""
+    part = tl.arange(0, PARTS)
+    place = (part[:, None].to(tl.int64) * num_tokens + token[None, :]) * COLUMNS + column
+    total = tl.sum(tl.load(parts + place, mask=(part < num_parts)[:, None] & live[None, :], other=0.0), axis=0)
+    return total * factor * tl.load(scale + column) + tl.load(base + column)
+
+
+@triton.jit
+def _normalised(a, b, c, d, eps):
+    inverse = 1.0 / (a + b + c + d + eps)
+    return a * inverse, b * inverse, c * inverse, d * inverse
+
+
+@triton.jit
+def _softmax(a, b, c, d, eps):
+    top = tl.maximum(tl.maximum(a, b), tl.maximum(c, d))
+    a, b, c, d = tl.exp(a - top), tl.exp(b - top), tl.exp(c - top), tl.exp(d - top)
+    inverse = 1.0 / (a + b + c + d)
+    return a * inverse + eps, b * inverse + eps, c * inverse + eps, d * inverse + eps
+
+
+@triton.jit
+def _mix(parts, scale, base, post, comb, token, num_tokens, num_parts, features, hc_eps, norm_eps, iterations,
+         COLUMNS: tl.constexpr, PARTS: tl.constexpr):  # fmt: skip
+    live = token < num_tokens
+    part = tl.arange(0, PARTS)
+    place = (part[:, None].to(tl.int64) * num_tokens + token[None, :]) * COLUMNS + 24
+    square = tl.sum(tl.load(parts + place, mask=(part < num_parts)[:, None] & live[None, :], other=0.0), axis=0)
+    factor = tl.rsqrt(square / features + norm_eps)
+    for stream in tl.static_range(4):
+        value = _mix_column(parts, scale, base, 4 + stream, token, live, factor, num_tokens, num_parts, COLUMNS, PARTS)
+        tl.store(post + token * 4 + stream, 2.0 * sigmoid(value), mask=live)
+    m00 = _mix_column(parts, scale, base, 8, token, live, factor, num_tokens, num_parts, COLUMNS, PARTS)
+    m01 = _mix_column(parts, scale, base, 9, token, live, factor, num_tokens, num_parts, COLUMNS, PARTS)
+    m02 = _mix_column(parts, scale, base, 10, token, live, factor, num_tokens, num_parts, COLUMNS, PARTS)
+    m03 = _mix_column(parts, scale, base, 11, token, live, factor, num_tokens, num_parts, COLUMNS, PARTS)
+    m10 = _mix_column(parts, scale, base, 12, token, live, factor, num_tokens, num_parts, COLUMNS, PARTS)
+    m11 = _mix_column(parts, scale, base, 13, token, live, factor, num_tokens, num_parts, COLUMNS, PARTS)
+    m12 = _mix_column(parts, scale, base, 14, token, live, factor, num_tokens, num_parts, COLUMNS, PARTS)
+    m13 = _mix_column(parts, scale, base, 15, token, live, factor, num_tokens, num_parts, COLUMNS, PARTS)
+    m20 = _mix_column(parts, scale, base, 16, token, live, factor, num_tokens, num_parts, COLUMNS, PARTS)
+    m21 = _mix_column(parts, scale, base, 17, token, live, factor, num_tokens, num_parts, COLUMNS, PARTS)
+    m22 = _mix_column(parts, scale, base, 18, token, live, factor, num_tokens, num_parts, COLUMNS, PARTS)
+    m23 = _mix_column(parts, scale, base, 19, token, live, factor, num_tokens, num_parts, COLUMNS, PARTS)
+    m30 = _mix_column(parts, scale, base, 20, token, live, factor, num_tokens, num_parts, COLUMNS, PARTS)
+    m31 = _mix_column(parts, scale, base, 21, token, live, factor, num_tokens, num_parts, COLUMNS, PARTS)
+    m32 = _mix_column(parts, scale, base, 22, token, live, factor, num_tokens, num_parts, COLUMNS, PARTS)
+    m33 = _mix_column(parts, scale, base, 23, token, live, factor, num_tokens, num_parts, COLUMNS, PARTS)
+    m00, m01, m02, m03 = _softmax(m00, m01, m02, m03, hc_eps)
+    m10, m11, m12, m13 = _softmax(m10, m11, m12, m13, hc_eps)
+    m20, m21, m22, m23 = _softmax(m20, m21, m22, m23, hc_eps)
+    m30, m31, m32, m33 = _softmax(m30, m31, m32, m33, hc_eps)
+    for step in range(iterations):
+        if step > 0:
+            m00, m01, m02, m03 = _normalised(m00, m01, m02, m03, hc_eps)
+            m10, m11, m12, m13 = _normalised(m10, m11, m12, m13, hc_eps)
+            m20, m21, m22, m23 = _normalised(m20, m21, m22, m23, hc_eps)
+            m30, m31, m32, m33 = _normalised(m30, m31, m32, m33, hc_eps)
+        m00, m10, m20, m30 = _normalised(m00, m10, m20, m30, hc_eps)
+        m01, m11, m21, m31 = _normalised(m01, m11, m21, m31, hc_eps)
+        m02, m12, m22, m32 = _normalised(m02, m12, m22, m32, hc_eps)
+        m03, m13, m23, m33 = _normalised(m03, m13, m23, m33, hc_eps)
+    row = comb + token * 16
+    tl.store(row, m00, mask=live)
+    tl.store(row + 1, m01, mask=live)
+    tl.store(row + 2, m02, mask=live)
+    tl.store(row + 3, m03, mask=live)
+    tl.store(row + 4, m10, mask=live)
+    tl.store(row + 5, m11, mask=live)
+    tl.store(row + 6, m12, mask=live)
+    tl.store(row + 7, m13, mask=live)
+    tl.store(row + 8, m20, mask=live)
+    tl.store(row + 9, m21, mask=live)
+    tl.store(row + 10, m22, mask=live)
+    tl.store(row + 11, m23, mask=live)
+    tl.store(row + 12, m30, mask=live)
+    tl.store(row + 13, m31, mask=live)
+    tl.store(row + 14, m32, mask=live)
+    tl.store(row + 15, m33, mask=live)
+
+
+@triton.jit
+def _pre_kernel(
+    streams, parts, scale, base, norm_weight, inputs, post, comb, num_tokens, hidden, num_parts, features, hc_eps,
+    norm_eps, iterations, NUM: tl.constexpr, SCALES: tl.constexpr, NORM: tl.constexpr, MIX: tl.constexpr,
+    MIX_TOKENS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr, INTERPRET: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    # The Sinkhorn programs come first: theirs is the longest chain.
+    mixers = tl.cdiv(num_tokens, MIX_TOKENS) if MIX else 0
+    if program < mixers:
+        block = (program * MIX_TOKENS + tl.arange(0, MIX_TOKENS)).to(tl.int64)
+        _mix(parts, scale, base, post, comb, block, num_tokens, num_parts, features, hc_eps, norm_eps, iterations,
+             COLUMNS, PARTS)  # fmt: skip
+    else:
+        token = (program - mixers).to(tl.int64)
+        channel = tl.arange(0, BLOCK)
+        inside = channel < hidden
+        square = _sum_parts(parts, token, NUM, num_tokens, num_parts, COLUMNS, PARTS)
+        factor = tl.rsqrt(square / features + norm_eps)
+        total = tl.zeros((BLOCK,), tl.float32)
+        for stream in tl.static_range(4):
+            value = _sum_parts(parts, token, stream, num_tokens, num_parts, COLUMNS, PARTS) * factor
+            value = value * tl.load(scale + (stream if SCALES else 0)) + tl.load(base + stream)
+            x = tl.load(streams + (token * 4 + stream) * hidden + channel, mask=inside, other=0.0).to(tl.float32)
+            total += (sigmoid(value) + hc_eps) * x
+        collapsed = to_bf16(total, INTERPRET)
+        if NORM:
+            wide = collapsed.to(tl.float32)
+            inverse = tl.rsqrt(tl.sum(wide * wide, axis=0) / hidden + norm_eps)
+            weight = tl.load(norm_weight + channel, mask=inside, other=0.0)
+            collapsed = to_bf16(wide * inverse * weight, INTERPRET)
+        tl.store(inputs + token * hidden + channel, collapsed, mask=inside)
+
+
+def _slices(num_tokens: int, hidden: int, device: torch.device) -> tuple[int, int]:
+    """(tokens a program takes, channel slices): about one program a multiprocessor, and few re-reads of fn."""
+    tokens = 16 if num_tokens <= 64 else 32 if num_tokens <= 256 else 64
+    blocks = triton.cdiv(num_tokens, tokens)
+    steps = hidden // CHANNELS
+    slices = 1
+    while 2 * slices <= steps and steps % (2 * slices) == 0 and blocks * slices < num_multiprocessors(device) - 8:
+        slices *= 2
+    return tokens, slices
+
+
+def _check(streams: Tensor) -> None:
+    if streams.shape[1] != STREAMS or streams.shape[2] % CHANNELS or streams.dtype != torch.bfloat16:
+        raise ValueError(
+            f"streams {tuple(streams.shape)} {streams.dtype}: the kernel needs bfloat16 [T, {STREAMS}, D], "
+            f"D a multiple of {CHANNELS}"
+        )
+
+
+def _run(
+    output: Tensor | None, streams: Tensor, mix: Mix | None, weights: HyperWeights | None
+) -> tuple[Tensor, Tensor | None]:
+    """First launch: -> (new streams, or the given ones without an output; partial products)."""
+    _check(streams)
+    num_tokens, _, hidden = streams.shape
+    tokens, slices = _slices(num_tokens, hidden, streams.device)
+    new = streams if output is None else torch.empty_like(streams)
+    parts = None
+    if weights is not None:
+        parts = torch.empty(slices, num_tokens, COLUMNS, dtype=torch.float32, device=streams.device)
+    if num_tokens:
+        _post_project_kernel[(triton.cdiv(num_tokens, tokens), slices)](
+            output if output is not None else streams, streams, mix.post_TS if mix is not None else streams,
+            mix.comb_TSS if mix is not None else streams, weights.fn if weights is not None else streams, new,
+            parts if parts is not None else streams, num_tokens, hidden, hidden // CHANNELS // slices,
+            POST=output is not None, PROJECT=weights is not None, NUM=weights.fn.shape[0] if weights is not None else 0,
+            TOKENS=tokens, CHANNELS=CHANNELS, COLUMNS=COLUMNS, INTERPRET=INTERPRET, num_warps=8 if tokens == 64 else 4, num_stages=3,
+        )  # fmt: skip
+    return new, parts
+
+
+def _finish(
+    streams: Tensor, parts: Tensor, weights: HyperWeights, norm_weight: Tensor | None, settings: HyperSettings
+) -> tuple[Tensor, Mix]:
+    """Second launch; without a norm weight it only collapses the streams."""
+    num_tokens, _, hidden = streams.shape
+    device, with_mix = streams.device, norm_weight is not None
+    inputs = torch.empty(num_tokens, hidden, dtype=streams.dtype, device=device)
+    post = torch.empty(num_tokens if with_mix else 0, STREAMS, dtype=torch.float32, device=device)
+    comb = torch.empty(num_tokens if with_mix else 0, STREAMS, STREAMS, dtype=torch.float32, device=device)
+    if num_tokens:
+        block = triton.next_power_of_2(hidden)
+        mixers = triton.cdiv(num_tokens, MIX_TOKENS) if with_mix else 0
+        _pre_kernel[(num_tokens + mixers,)](
+            streams, parts, weights.scale, weights.base, norm_weight if norm_weight is not None else parts, inputs,
+            post, comb, num_tokens, hidden, parts.shape[0], float(STREAMS * hidden), settings.hc_eps,
+            settings.norm_eps, settings.iterations, NUM=weights.fn.shape[0], SCALES=weights.scale.shape[0] > 1,
+            NORM=with_mix, MIX=with_mix, MIX_TOKENS=MIX_TOKENS, COLUMNS=COLUMNS,
+            PARTS=triton.next_power_of_2(parts.shape[0]), BLOCK=block, INTERPRET=INTERPRET,
+            num_warps=max(1, min(8, block // 512)),
+        )  # fmt: skip
+    return inputs, Mix(post, comb)
+
+
+def hyper_pre_triton(
+    streams: Tensor, weights: HyperWeights, norm_weight: Tensor, settings: HyperSettings
+) -> tuple[Tensor, Mix]:
+    """kernels.hyper_connection.hyper_pre."""
+    _, parts = _run(None, streams, None, weights)
+    assert parts is not None
+    return _finish(streams, parts, weights, norm_weight, settings)
+
+
+def hyper_post_triton(output: Tensor, streams: Tensor, mix: Mix) -> Tensor:
+    """kernels.hyper_connection.hyper_post."""
+    return _run(output, streams, mix, None)[0]
+
+
+def hyper_post_pre_triton(
+    output: Tensor,
+    streams: Tensor,
+    mix: Mix,
+    weights: HyperWeights,
+    norm_weight: Tensor,
+    settings: HyperSettings,
+) -> tuple[Tensor, Tensor, Mix]:
+    """kernels.hyper_connection.hyper_post_pre."""
+    new, parts = _run(output, streams, mix, weights)
+    assert parts is not None
+    inputs, following = _finish(new, parts, weights, norm_weight, settings)
+    return new, inputs, following
+
+
+def hyper_head_triton(streams: Tensor, weights: HyperWeights, settings: HyperSettings) -> Tensor:
+    """kernels.hyper_connection.hyper_head."""
+    _, parts = _run(None, streams, None, weights)
+    assert parts is not None
+    return _finish(streams, parts, weights, None, settings)[0]
