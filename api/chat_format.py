@@ -9,7 +9,7 @@ import orjson
 
 from api.errors import Problem
 from api.logprobs import TokenNames, chat_logprobs, prompt_logprobs
-from api.parse_events import ContentDelta, Event, ReasoningDelta, ToolArgumentsDelta, ToolCallStart
+from api.parse_events import ContentDelta, Event, ReasoningDelta, ToolArgumentsDelta, ToolCallEnd, ToolCallStart
 from api.reader import Reader
 from api.sse import DONE
 from api.text_output import Piece
@@ -37,6 +37,9 @@ class ChatShape(msgspec.Struct, frozen=True, kw_only=True):
     """The rendered prompt, where the caller asked for it."""
 
 
+_NOTHING_MORE = b',"logprobs":null,"finish_reason":null}]}\n\n'
+
+
 def new_call_id() -> str:
     return f"call_{secrets.token_hex(12)}"
 
@@ -45,7 +48,7 @@ class _Choice:
     """What one choice has shown so far."""
 
     def __init__(self) -> None:
-        self.num_calls = 0
+        self.has_calls = False
         self.reasoning: list[str] = []
         self.content: list[str] = []
         self.calls: list[dict[str, Any]] = []
@@ -70,10 +73,16 @@ class ChatResponse:
             "created": shape.created,
             "model": shape.model,
         }
-        # Everything of a chunk before its `choices` is the same every time.
+        # Most of a chunk is the same every time: what comes before the delta, and what comes after it.
         self._head = b"data: %b," % orjson.dumps(head)[:-1]
+        self._openings = [
+            b'%b"choices":[{"index":%d,"delta":' % (self._head, number) for number in range(len(self._choices))
+        ]
+        self._shows_all = shape.include_reasoning and shape.parallel_tool_calls
+        self._only_deltas = not (shape.num_logprobs is not None or shape.return_token_ids or shape.continuous_usage)
+        self._reasoning_names = [b'"%b":' % name.encode() for name in shape.reasoning_fields]
 
-    def _read(self, arrived: Sequence[tuple[int, Tokens]]) -> Iterator[tuple[int, _Choice, list[Event], Piece]]:
+    def _read(self, arrived: Sequence[tuple[int, Tokens]]) -> Iterator[tuple[int, _Choice, Sequence[Event], Piece]]:
         shape = self._shape
         for number, tokens, piece in self._reader.read(arrived):
             choice = self._choices[number]
@@ -82,8 +91,10 @@ class ChatResponse:
                 piece = msgspec.structs.replace(piece, token_ids=ids, logprobs=logprobs)
             if shape.num_prompt_logprobs is not None and tokens.prompt_logprobs is not None:
                 self._prompt_logprobs = prompt_logprobs(tokens.prompt_logprobs, shape.names, shape.num_prompt_logprobs)
-            shown = [event for event in piece.events if self._shows(event)]
-            choice.num_calls += sum(isinstance(event, ToolCallStart) for event in shown)
+            shown = piece.events if self._shows_all else [event for event in piece.events if self._shows(event)]
+            for event in shown:
+                if type(event) is ToolCallStart:
+                    choice.has_calls = True
             if piece.finish_reason is not None:
                 choice.stop_reason = piece.stop_reason
                 choice.finish_reason = self._finish_reason(choice, piece)
@@ -99,7 +110,7 @@ class ChatResponse:
     def _finish_reason(self, choice: _Choice, piece: Piece) -> str:
         assert piece.finish_reason is not None
         ended_by_itself = piece.finish_reason == "stop" and piece.stop_reason is None
-        if ended_by_itself and choice.num_calls and not self._shape.named_tool:
+        if ended_by_itself and choice.has_calls and not self._shape.named_tool:
             return "tool_calls"
         return piece.finish_reason
 
@@ -124,9 +135,16 @@ class ChatResponse:
         )
 
     def _chunks(self, number: int, choice: _Choice, events: Sequence[Event], piece: Piece) -> bytes:
-        """One step's chunks: a delta per kind of event, logprobs on the first, the finish reason on the last."""
+        """One step's chunks, one per event."""
+        opening = self._openings[number]
+        deltas = [self._delta(event) for event in events if type(event) is not ToolCallEnd]
+        if self._only_deltas and choice.finish_reason is None:
+            return b"".join([opening + delta + _NOTHING_MORE for delta in deltas])
+        return self._full_chunks(opening, deltas, choice, piece)
+
+    def _full_chunks(self, opening: bytes, deltas: list[bytes], choice: _Choice, piece: Piece) -> bytes:
+        """Chunks with logprobs and token ids on the first and the finish reason on the last."""
         shape = self._shape
-        deltas = list(self._deltas(choice, events))
         logprobs = b"null"
         if shape.num_logprobs is not None and piece.logprobs:
             content = chat_logprobs(piece.logprobs, shape.names, shape.num_logprobs)
@@ -135,7 +153,7 @@ class ChatResponse:
         if not deltas:
             if choice.finish_reason is None and logprobs == b"null" and not (token_ids and piece.token_ids):
                 return b""
-            deltas.append(b"{}")
+            deltas = [b"{}"]
         usage = b',"usage":%b' % orjson.dumps(self._reader.usage.openai()) if shape.continuous_usage else b""
         finish = b"null"
         frames = []
@@ -144,26 +162,25 @@ class ChatResponse:
             if position == last and choice.finish_reason is not None:
                 finish = orjson.dumps(choice.finish_reason) + b',"stop_reason":%b' % orjson.dumps(choice.stop_reason)
             frames.append(
-                b'%b"choices":[{"index":%d,"delta":%b,"logprobs":%b,"finish_reason":%b%b}]%b}\n\n'
-                % (self._head, number, delta, logprobs, finish, token_ids, usage)
+                b'%b%b,"logprobs":%b,"finish_reason":%b%b}]%b}\n\n'
+                % (opening, delta, logprobs, finish, token_ids, usage)
             )
             logprobs, token_ids = b"null", b""
         return b"".join(frames)
 
-    def _deltas(self, choice: _Choice, events: Sequence[Event]) -> Iterator[bytes]:
-        for event in events:
-            if isinstance(event, ContentDelta):
-                yield b'{"content":%b}' % orjson.dumps(event.text)
-            elif isinstance(event, ReasoningDelta):
-                text = orjson.dumps(event.text)
-                yield b"{%b}" % b",".join(b'"%b":%b' % (name.encode(), text) for name in self._shape.reasoning_fields)
-            elif isinstance(event, ToolCallStart):
-                function = {"name": event.name, "arguments": ""}
-                call = {"index": event.index, "id": new_call_id(), "type": "function", "function": function}
-                yield orjson.dumps({"tool_calls": [call]})
-            elif isinstance(event, ToolArgumentsDelta):
-                piece = {"index": event.index, "function": {"arguments": event.text}}
-                yield orjson.dumps({"tool_calls": [piece]})
+    def _delta(self, event: Event) -> bytes:
+        if type(event) is ContentDelta:
+            return b'{"content":' + orjson.dumps(event.text) + b"}"
+        if type(event) is ReasoningDelta:
+            text = orjson.dumps(event.text)
+            return b"{" + b",".join([name + text for name in self._reasoning_names]) + b"}"
+        if type(event) is ToolCallStart:
+            function = {"name": event.name, "arguments": ""}
+            call = {"index": event.index, "id": new_call_id(), "type": "function", "function": function}
+            return orjson.dumps({"tool_calls": [call]})
+        assert type(event) is ToolArgumentsDelta
+        piece = {"index": event.index, "function": {"arguments": event.text}}
+        return orjson.dumps({"tool_calls": [piece]})
 
     def end(self) -> bytes:
         if not self._shape.include_usage:

@@ -49,7 +49,8 @@ class Reader:
             if output is None:
                 continue
             piece = output.feed(tokens)
-            self.usage.prompt_seen(number, tokens)
+            if tokens.prompt_tokens:
+                self.usage.prompt_seen(number, tokens)
             self.usage.completion_tokens += len(piece.token_ids)
             self.usage.reasoning_tokens += piece.num_reasoning
             self._timers[number].tokens(len(piece.token_ids), now)
