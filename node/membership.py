@@ -259,7 +259,8 @@ class _Attachment:
     async def _listen(self, call: Any) -> None:
         while (message := await call.read()) is not grpc.aio.EOF:
             if message.WhichOneof("kind") == "release":
-                self._membership.released(message.release.transfer_id)
+                for transfer_id in message.release.transfer_ids:
+                    self._membership.released(transfer_id)
 
     async def _speak(self, call: Any, heartbeat_s: float) -> None:
         """Send what is queued, and a heartbeat after `heartbeat_s` of silence. None in the queue: say goodbye."""

@@ -130,11 +130,11 @@ class Refused(_message.Message):
     reason: str
     def __init__(self, reason: _Optional[str] = ...) -> None: ...
 
-class ReleaseTransfer(_message.Message):
-    __slots__ = ("transfer_id",)
-    TRANSFER_ID_FIELD_NUMBER: _ClassVar[int]
-    transfer_id: str
-    def __init__(self, transfer_id: _Optional[str] = ...) -> None: ...
+class ReleaseTransfers(_message.Message):
+    __slots__ = ("transfer_ids",)
+    TRANSFER_IDS_FIELD_NUMBER: _ClassVar[int]
+    transfer_ids: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, transfer_ids: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class RouterMessage(_message.Message):
     __slots__ = ("welcome", "refused", "release")
@@ -143,5 +143,5 @@ class RouterMessage(_message.Message):
     RELEASE_FIELD_NUMBER: _ClassVar[int]
     welcome: Welcome
     refused: Refused
-    release: ReleaseTransfer
-    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., refused: _Optional[_Union[Refused, _Mapping]] = ..., release: _Optional[_Union[ReleaseTransfer, _Mapping]] = ...) -> None: ...
+    release: ReleaseTransfers
+    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., refused: _Optional[_Union[Refused, _Mapping]] = ..., release: _Optional[_Union[ReleaseTransfers, _Mapping]] = ...) -> None: ...

@@ -16,6 +16,8 @@ from runtime import grpc as rpc
 
 log = logging.getLogger(__name__)
 
+_RELEASES_AT_ONCE = 1024
+
 _Context = Any
 """grpc.aio.ServicerContext: its stubs know neither EOF nor streams read by hand."""
 
@@ -24,15 +26,17 @@ class _StreamLink:
     """The way back to one node. Once the stream ended nothing needs saying: the node forgets by itself."""
 
     def __init__(self) -> None:
-        self.outbox: asyncio.Queue[pb.RouterMessage | None] = asyncio.Queue()
+        self.releases: list[str] = []
         self.closed: str | None = None
+        self.changed = asyncio.Event()
 
     def release(self, transfer_id: str) -> None:
-        self.outbox.put_nowait(pb.RouterMessage(release=pb.ReleaseTransfer(transfer_id=transfer_id)))
+        self.releases.append(transfer_id)
+        self.changed.set()
 
     def close(self, reason: str) -> None:
         self.closed = reason
-        self.outbox.put_nowait(None)
+        self.changed.set()
 
 
 class ClusterService(cluster_pb2_grpc.ClusterServicer):
@@ -71,6 +75,8 @@ class ClusterService(cluster_pb2_grpc.ClusterServicer):
             reason = await self._converse(node, link, context)
         finally:
             self._registry.lose(node, reason)
+            for transfer_id in link.releases:
+                self._registry.release(node, transfer_id)
 
     async def _converse(self, node: Node, link: _StreamLink, context: _Context) -> str:
         """Listen and speak until either side ends it. Returns why."""
@@ -113,9 +119,15 @@ class ClusterService(cluster_pb2_grpc.ClusterServicer):
                     return f"it sent {other}, which a joined node does not send"
 
     async def _speak(self, link: _StreamLink, context: _Context) -> str:
-        while (message := await link.outbox.get()) is not None:
-            await context.write(message)
-        return link.closed or "closed"
+        """Send releases as they come: those that came during one write go out together in the next."""
+        while link.closed is None:
+            await link.changed.wait()
+            link.changed.clear()
+            while link.releases:
+                batch = link.releases[:_RELEASES_AT_ONCE]
+                await context.write(pb.RouterMessage(release=pb.ReleaseTransfers(transfer_ids=batch)))
+                del link.releases[: len(batch)]
+        return link.closed
 
 
 async def start_cluster_server(

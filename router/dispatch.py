@@ -228,7 +228,7 @@ class _Job:
             attempt=attempt,
             max_attempts=1 if self._fixed is not None else config.max_attempts,
             recompute=config.kv_load_failure_policy == "recompute",
-            state_held=self._state_held(),
+            state_held=self._state_held(failed),
             other_decode=other is not None,
         )
         step = decide(failure, facts)
@@ -261,10 +261,17 @@ class _Job:
             pair = shared.picker.pair(self._request, self._turn, self._avoid, local=last)
         self._start(pair)
 
-    def _state_held(self) -> bool:
+    def _state_held(self, failed: Answer) -> bool:
         """Whether another decode rank could still claim what the prefill rank computed or computes."""
         if self._transfer is None or self._transfer.prefill.node.lost is not None:
             return False
+        if (
+            failed.leg.kind == "decode"
+            and failed.leg.exchange.head is not None
+            and failed.leg.exchange.head.status == 200
+        ):
+            # It began to answer, so it has fetched the state, unless all it sent was a stream's keep-alives.
+            return failed.streamed
         if not self._prefill_ok:
             return self._prefill is not None and self._prefill.failure is None
         return self._shared.clock() - self._prefilled_at < self._shared.config.deadlines.state_hold_s

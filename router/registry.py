@@ -4,6 +4,7 @@ A node is usable from its join until it drains, leaves or is lost. A node that i
 the requests behind them can go elsewhere without waiting for a timeout.
 """
 
+import collections
 import logging
 from collections.abc import Callable, Iterable
 from typing import Protocol
@@ -11,6 +12,9 @@ from typing import Protocol
 from router.nodes import NodeInfo, RankInfo, RankLoad, Refused, Role
 
 log = logging.getLogger(__name__)
+
+_MAX_OWED = 4096
+_MAX_OWED_NODES = 256
 
 
 class NodeLink(Protocol):
@@ -88,6 +92,8 @@ class Registry:
         self._model = model
         self._nodes: dict[str, Node] = {}
         self._usable: dict[Role, tuple[Target, ...]] = dict.fromkeys(Role, ())
+        self._owed: dict[str, collections.deque[str]] = {}
+        """Releases for nodes that are gone: only their stream may have broken, and they still hold something."""
         self._listeners: list[Callable[[], None]] = []
         self.joins = 0
         self.losses = 0
@@ -125,6 +131,8 @@ class Registry:
         node = Node(info, link, now)
         self._nodes[info.node_id] = node
         self.joins += 1
+        for transfer_id in self._owed.pop(info.node_id, ()):
+            link.release(transfer_id)
         log.info(
             "%s node %s joined: %s, %d ranks, model %s, format %s",
             info.role.value,
@@ -174,6 +182,17 @@ class Registry:
         """The node is gone; every call on it fails now. Says nothing about a newer node under the same id."""
         if node.lost is None:
             self._drop(node, reason)
+
+    def release(self, node: Node, transfer_id: str) -> None:
+        """Tell a node that a transfer was given up. One that is gone is told if it comes back under its id."""
+        here = node if node.lost is None else self._nodes.get(node.info.node_id)
+        if here is not None:
+            here.link.release(transfer_id)
+            return
+        owed = self._owed.setdefault(node.info.node_id, collections.deque(maxlen=_MAX_OWED))
+        owed.append(transfer_id)
+        while len(self._owed) > _MAX_OWED_NODES:
+            del self._owed[next(iter(self._owed))]
 
     def silent(self, now: float, limit_s: float) -> list[Node]:
         """Nodes not heard of for longer than `limit_s`."""

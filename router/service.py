@@ -42,7 +42,7 @@ class RouterService:
         self.metrics = RouterMetrics(self.prometheus)
         self.registry = Registry(model=config.model)
         self.upstream = Upstream(connect_s=config.deadlines.connect_s)
-        self.transfers = TransferTable(self.clock)
+        self.transfers = TransferTable(self.clock, self.registry.release)
         self.proofs = Proofs(config.health, self.registry, fallback=config.requests.local_prefill_fallback)
         self.dispatcher = Dispatcher(
             config,

@@ -43,8 +43,10 @@ class Transfer:
 class TransferTable:
     """Owner of all transfers this router made."""
 
-    def __init__(self, clock: Callable[[], float]) -> None:
+    def __init__(self, clock: Callable[[], float], tell: Callable[[Node, str], None]) -> None:
+        """`tell(node, wire_id)` lets a node know that a transfer was given up; it must not block."""
         self._clock = clock
+        self._tell = tell
         self._open: dict[str, Transfer] = {}
         self.opened = 0
         self.finished = 0
@@ -74,14 +76,13 @@ class TransferTable:
         self.finished += 1
 
     def release(self, transfer: Transfer, reason: str) -> None:
-        """Give the transfer up and tell every node that knows of it. Nodes that are gone need not be told."""
+        """Give the transfer up and tell every node that knows of it."""
         self._end(transfer, reason)
         self.released += 1
-        nodes: dict[int, Node] = {id(target.node): target.node for target in (transfer.prefill, *transfer.decodes)}
+        nodes = {target.node.info.node_id: target.node for target in (transfer.prefill, *transfer.decodes)}
         for node in nodes.values():
-            if node.lost is None:
-                for wire_id in transfer.wire_ids:
-                    node.link.release(wire_id)
+            for wire_id in transfer.wire_ids:
+                self._tell(node, wire_id)
         log.debug("transfer %s of %s released: %s", transfer.transfer_id, transfer.request_id, reason)
 
     def oldest_s(self) -> float:

@@ -18,7 +18,7 @@ def settings(**sections: dict[str, Any]) -> RouterConfig:
     """A configuration for tests: free ports, quick, no canary unless asked for."""
     data: dict[str, Any] = {
         "server": {"port": 0, "drain_s": 5.0},
-        "cluster": {"port": 0, "heartbeat_s": 0.1},
+        "cluster": {"port": 0, "heartbeat_s": 0.1, "missed_heartbeats": 30},
         "requests": {"retry_backoff_s": 0.01, "suspect_s": 0.2},
         "health": {"canary": False},
     }

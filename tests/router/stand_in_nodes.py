@@ -122,7 +122,6 @@ class StandInNode:
         self.port = 0
         self._config = MembershipConfig(routers=routers, first_retry_s=0.05, max_retry_s=0.2)
         self._digest = digest
-        self._transports: set[asyncio.BaseTransport] = set()
 
     @property
     def url(self) -> str:
@@ -190,14 +189,30 @@ class StandInNode:
         self.break_connections()
 
     def break_connections(self) -> None:
-        for transport in list(self._transports):
-            transport.abort()  # type: ignore[attr-defined]
-        self._transports.clear()
+        assert self._runner.server is not None
+        for connection in list(self._runner.server.connections):
+            if connection.transport is not None:
+                connection.transport.abort()
 
     async def die(self) -> None:
-        """As `kill -9`: no farewell, every connection broken."""
+        """As `kill -9`: every connection broken, what it held is lost."""
         await self.refuse()
         await self.leave()
+        for states in self.states:
+            states.held.clear()
+
+    async def revive(self) -> None:
+        """Start again on the same port, as a new incarnation."""
+        self.faults.clear()
+        for rank, states in zip(self.membership.join.ranks, self.states, strict=True):
+            states.epoch = rank.epoch = secrets.token_hex(16)
+            states.held.clear()
+        await self.listen()
+        self.rejoin()
+
+    def rejoin(self) -> None:
+        """Attach to the routers again after `leave`."""
+        self._member = asyncio.create_task(self.membership.run())
 
     def stats(self) -> list[EngineStats]:
         return [
@@ -240,7 +255,6 @@ class StandInNode:
 
     async def _generate(self, request: web.Request) -> web.StreamResponse:
         assert request.transport is not None
-        self._transports.add(request.transport)
         body = orjson.loads(await request.read())
         headers = {name.lower(): value for name, value in request.headers.items()}
         self.seen.append((headers, body))
@@ -267,7 +281,6 @@ class StandInNode:
             raise
         finally:
             self.running -= 1
-            self._transports.discard(request.transport)
 
     async def _prefill(
         self, headers: dict[str, str], body: dict[str, Any], params: dict[str, Any], fault: Fault | None

@@ -110,11 +110,13 @@ async def test_every_decode_node_full_is_503_with_retry_after():
 
 
 async def test_no_node_is_503_with_retry_after_and_the_router_stays_well():
-    async with cluster(pairs_of(0, 0)) as it:
-        async with it.client.post(f"{it.url}/v1/completions", json={"prompt": "a"}) as response:
-            assert response.status == 503
-            assert response.headers["Retry-After"] == "1"
-            assert (await response.json())["error"]["code"] == "no_nodes"
+    async with (
+        cluster(pairs_of(0, 0)) as it,
+        it.client.post(f"{it.url}/v1/completions", json={"prompt": "a"}) as response,
+    ):
+        assert response.status == 503
+        assert response.headers["Retry-After"] == "1"
+        assert (await response.json())["error"]["code"] == "no_nodes"
 
 
 @pytest.mark.parametrize("role", ["prefill", "decode"])
@@ -258,12 +260,11 @@ async def test_a_restarted_node_is_used_under_its_new_epoch():
         assert (await it.complete())[0] == 200
         prefill = it.prefills[0]
         old = prefill.states[0].epoch
-        prefill.states[0].epoch = prefill.membership.join.ranks[0].epoch = "e" * 32
-        await prefill.leave()
-        prefill._member = asyncio.create_task(prefill.membership.run())
+        await prefill.die()
+        await prefill.revive()
         await it.until(lambda: prefill.membership.attached)
         assert (await it.complete())[0] == 200
-        assert it.decodes[0].seen[-1][1]["kv_transfer_params"]["remote_epoch"] == "e" * 32 != old
+        assert it.decodes[0].seen[-1][1]["kv_transfer_params"]["remote_epoch"] == prefill.states[0].epoch != old
         await it.settle()
 
 
@@ -300,3 +301,18 @@ async def test_shutting_down_lets_running_streams_finish():
         assert data.count(b'"text":"w') == 8
         with pytest.raises(aiohttp.ClientConnectionError):
             await it.complete()
+
+
+async def test_a_node_whose_stream_broke_learns_what_was_released_when_it_is_back():
+    async with cluster(pairs_of(1, 1, work_s=0.05)) as it:
+        prefill, decode = it.nodes
+        decode.faults.append(Fault.HANG)
+        asking = asyncio.create_task(it.complete())
+        await it.until(lambda: prefill.held)
+        await prefill.leave()
+        asking.cancel()
+        await it.until(lambda: decode.cancelled)
+        assert not prefill.released
+        prefill.rejoin()
+        await it.until(lambda: prefill.released == decode.released)
+        await it.settle()
