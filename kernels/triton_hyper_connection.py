@@ -246,7 +246,8 @@ def _run(
             mix.comb_TSS if mix is not None else streams, weights.fn if weights is not None else streams, new,
             parts if parts is not None else streams, num_tokens, hidden, hidden // CHANNELS // slices,
             POST=output is not None, PROJECT=weights is not None, NUM=weights.fn.shape[0] if weights is not None else 0,
-            TOKENS=tokens, CHANNELS=CHANNELS, COLUMNS=COLUMNS, INTERPRET=INTERPRET, num_warps=8 if tokens == 64 else 4, num_stages=3,
+            TOKENS=tokens, CHANNELS=CHANNELS, COLUMNS=COLUMNS, INTERPRET=INTERPRET,
+            num_warps=8 if tokens == 64 else 4, num_stages=3,
         )  # fmt: skip
     return new, parts
 

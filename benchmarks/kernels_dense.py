@@ -1,0 +1,69 @@
+"""FP8 block products and hyper-connections at Flash's size."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+
+from benchmarks.kernels_timing import Call, Table, graph_us, isolated_us
+from kernels.hyper_connection import HyperSettings, HyperWeights, Mix
+from kernels.triton_fp8_gemm import fp8_product
+from kernels.triton_hyper_connection import hyper_post_pre_triton
+from kernels.triton_quantize import quantize_activations
+
+ROWS = (64, 256, 512, 16384)
+SHAPES = {
+    "wq_b 1024->32768": (32768, 1024, 1, (12.4, 19.4, 31.9, 861)),
+    "wo_b 8192->4096": (4096, 8192, 1, (12.4, 19.0, 26.4, 753)),
+    "wq_a|wkv 4096->1536": (1536, 4096, 1, (6.2, 7.7, 9.6, 150)),
+    "shared w1|w3 4096->4096": (4096, 4096, 1, (7.3, 11.3, 14.9, 382)),
+    "wo_a 8 x (4096->1024)": (8192, 4096, 8, (11.3, 16.6, 28.3, 962)),
+}
+
+
+def _measure(calls: list[Call], rows: int) -> tuple[float, str]:
+    """Microseconds, and how they were taken: decode sizes in a graph over all calls, prefill sizes one by one."""
+    return (graph_us(calls, 2 * len(calls)), "graph") if rows <= 512 else (isolated_us(calls[0], 7), "isolated")
+
+
+def run_gemm(table: Table, quick: bool = False) -> None:
+    for name, (outputs, channels, groups, peers) in SHAPES.items():
+        weights = []
+        for _ in range(max(1, 130_000_000 // (outputs * channels))):  # more than L2 holds
+            codes = torch.randn(outputs, channels, device="cuda").to(torch.float8_e4m3fn).view(torch.uint8)
+            scales = torch.randint(118, 124, (outputs // 128, channels // 128), dtype=torch.uint8, device="cuda")
+            weights.append((codes, scales))
+        for rows, peer in zip(ROWS, peers, strict=True):
+            if quick and rows == 16384:
+                continue
+            inputs = quantize_activations(torch.randn(rows, groups * channels, device="cuda").bfloat16())
+            calls: list[Call] = [
+                partial(fp8_product, inputs, codes, scales, torch.bfloat16, groups) for codes, scales in weights
+            ]
+            us, how = _measure(calls, rows)
+            num_bytes = outputs * channels + rows * (groups * channels + 2 * outputs)
+            table.add(f"fp8 {name}", f"M={rows}", us, num_bytes, 2.0 * rows * outputs * channels, "fp8", peer, how)
+    for rows in ROWS:
+        x = torch.randn(rows, 32768 if rows <= 512 else 8192, device="cuda").bfloat16()
+        us, how = _measure([partial(quantize_activations, x)], rows)
+        table.add("quantise 1x128", f"{rows} x {x.shape[1]}", us, 3.0 * x.numel(), how=how)
+
+
+def run_hyper(table: Table, quick: bool = False) -> None:
+    settings = HyperSettings(iterations=20, hc_eps=1e-6, norm_eps=1e-6)
+    hidden = 4096
+    weights = HyperWeights(
+        torch.randn(24, 4 * hidden, device="cuda") / 64, torch.randn(24, device="cuda"), torch.rand(24, device="cuda")
+    )
+    norm = torch.rand(hidden, device="cuda") + 0.5
+    for rows, peer in zip(ROWS, (11.6, 18.6, 25.6, 627), strict=True):
+        calls: list[Call] = []
+        for _ in range(max(1, min(6, 1024 // rows))):
+            streams = torch.randn(rows, 4, hidden, device="cuda").bfloat16()
+            output = torch.randn(rows, hidden, device="cuda").bfloat16()
+            mix = Mix(torch.rand(rows, 4, device="cuda"), torch.rand(rows, 4, 4, device="cuda").softmax(-1))
+            calls.append(partial(hyper_post_pre_triton, output, streams, mix, weights, norm, settings))
+        us, how = _measure(calls, rows)
+        num_bytes = rows * hidden * 2 * (4 + 4 + 1 + 1) + weights.fn.numel() * 4
+        table.add("mHC post+pre+norm", f"T={rows}", us, num_bytes, peer=peer, how=how)
