@@ -63,7 +63,9 @@ class Status(msgspec.Struct, kw_only=True):
     pairs: int = 0
     """Pairs of ranks that could serve."""
     proven: int = 0
-    """Those of them that did, within the proof age."""
+    """Pairs that did, within the proof age."""
+    proven_alone: int = 0
+    """Decode ranks that served without a prefill rank, within the proof age."""
     proof_age_s: float | None = None
     nodes: list[NodeStatus] = []
     unreachable: list[str] = []
@@ -72,6 +74,8 @@ class Status(msgspec.Struct, kw_only=True):
 
 class _Proof(msgspec.Struct):
     age_s: float
+    prefill: str | None = None
+    """None: the decode rank computed the prompt itself."""
 
 
 class _Health(msgspec.Struct):
@@ -163,7 +167,9 @@ async def _look_at_router(asker: Asker, url: str, status: Status) -> None:
     if health is not None:
         ages = [proof.age_s for proof in health.proven]
         status.reason, status.pairs = health.reason, health.pairs
-        status.proven = sum(age <= health.proof_age_s for age in ages)
+        fresh = [proof for proof in health.proven if proof.age_s <= health.proof_age_s]
+        status.proven = sum(proof.prefill is not None for proof in fresh)
+        status.proven_alone = len(fresh) - status.proven
         status.proof_age_s = min(ages, default=None)
     for worker in workers.workers if workers is not None else ():
         status.nodes.append(
@@ -211,8 +217,9 @@ def table(status: Status) -> str:
         word = "healthy" if status.healthy else "NOT HEALTHY"
         proof = "never" if status.proof_age_s is None else f"{status.proof_age_s:.1f} s ago"
         reason = f" ({status.reason})" if status.reason else ""
+        alone = f" and {status.proven_alone} without prefill" if status.proven_alone else ""
         lines.append(
-            f"router {status.url}: {word}{reason}; {status.proven} of {status.pairs} pairs proven, last {proof}"
+            f"router {status.url}: {word}{reason}; {status.proven} of {status.pairs} pairs proven{alone}, last {proof}"
         )
     rows = [_HEAD, *(row for node in status.nodes for row in _rows(node))]
     widths = [max(len(row[i]) for row in rows) for i in range(len(_HEAD))]

@@ -41,7 +41,8 @@ def test_the_process_is_number_one_unprivileged_and_stopped_with_sigterm(path: P
     found = dict(instructions(path))
     assert found["ENTRYPOINT"] == '["python", "-m"]'
     assert found["STOPSIGNAL"] == "SIGTERM"
-    assert found["USER"] == "tandem"
+    # A number, and not root's: Kubernetes cannot tell what a name means.
+    assert int(found["USER"]) > 0
 
 
 @pytest.mark.parametrize("path", IMAGES, ids=lambda path: path.name)

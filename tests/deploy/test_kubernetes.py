@@ -127,7 +127,9 @@ def test_a_node_gets_a_gpu_per_rank_rdma_and_its_models(role: str) -> None:
     assert int(limits["nvidia.com/gpu"]) == config.data_parallel_size
     assert any(name.startswith("rdma/") for name in limits) == (config.transfer.transport == "rdma")
     assert container["resources"]["requests"].items() >= {k: v for k, v in limits.items() if "/" in k}.items()
-    assert "IPC_LOCK" in container["securityContext"]["capabilities"]["add"]
+    security = container["securityContext"]
+    assert security["capabilities"] == {"drop": ["ALL"], "add": ["IPC_LOCK"]}
+    assert security["runAsUser"] == 0, "added capabilities reach root only"
     mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
     assert config.engine.model.startswith(mounts["models"] + "/")
     assert set(mounts) == {volume["name"] for volume in template_of(NODES[role])["spec"]["volumes"]}

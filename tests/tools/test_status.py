@@ -119,6 +119,10 @@ async def test_a_proven_pair_makes_the_cluster_healthy_and_trouble_is_shown() ->
         assert (status.proven, status.pairs) == (1, 2)
         assert status.proof_age_s is not None
         assert status.proof_age_s < 5
+        running.service.proofs.record(None, roles["decode"].targets[0], running.service.clock())
+        status = await look(running.url, [])
+        assert (status.proven, status.proven_alone) == (1, 1)
+        assert "healthy; 1 of 2 pairs proven and 1 without prefill" in table(status)
         decode.trouble = "engine rank 0 is not running"
         await running.until(lambda: not roles["decode"].usable)
         status = await look(running.url, [])
