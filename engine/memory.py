@@ -62,7 +62,7 @@ def plan_pools(
     """Resolve num_pages and max_model_len within `budget_bytes`. Raises ConfigError with the numbers.
 
     max_model_len "auto" is the model's own limit, or else the length of one request that leaves a page to each of the
-    others that may run beside it.
+    others that may run beside it, but not less than half of all pages.
     """
     longest = model.max_position_embeddings
     if isinstance(config.max_model_len, int) and config.max_model_len > longest:
@@ -83,7 +83,8 @@ def plan_pools(
     if config.max_model_len != "auto":
         max_model_len = config.max_model_len
     else:
-        max_model_len = min(longest, max(1, num_pages - (config.max_num_seqs - 1)) * layout.page_tokens)
+        largest = max(num_pages - (config.max_num_seqs - 1), -(-num_pages // 2))
+        max_model_len = min(longest, largest * layout.page_tokens)
     if max_model_len > num_pages * layout.page_tokens:
         raise ConfigError(
             f"engine.max_model_len={max_model_len} needs {layout.pages_for(max_model_len)} pages of "

@@ -41,7 +41,7 @@ async def expected(
 
 
 @pytest.mark.parametrize(
-    ("prefill_tokens", "decode_pages"), [(512, "auto"), (37, 90)], ids=["whole prompts", "odd chunks, preemption"]
+    ("prefill_tokens", "decode_pages"), [(512, "auto"), (37, 24)], ids=["whole prompts", "odd chunks, preemption"]
 )
 async def test_tokens_and_logprobs_equal_the_standalone_node(
     tmp_path: Path,
