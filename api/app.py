@@ -5,7 +5,7 @@ import logging
 from aiohttp import web
 from prometheus_client import CollectorRegistry
 
-from api import admin, openai_chat, openai_completions, probes, tokenize
+from api import admin, anthropic, openai_chat, openai_completions, probes, tokenize
 from api.auth import ApiKeys
 from api.backend import EngineClient
 from api.context import CONTEXT, Context
@@ -66,6 +66,8 @@ def add_routes(app: web.Application) -> None:
         ("/ping", probes.health),
         ("/v1/chat/completions", openai_chat.chat_completions),
         ("/v1/completions", openai_completions.completions),
+        ("/v1/messages", anthropic.messages),
+        ("/v1/messages/count_tokens", anthropic.count_tokens),
         ("/v1/chat/completions/render", tokenize.render_chat_prompt),
         ("/v1/completions/render", tokenize.render_completion_prompts),
         ("/tokenize", tokenize.tokenize),

@@ -9,9 +9,9 @@ import msgspec
 from aiohttp import web
 
 from api.body import decode
+from api.chat_request import check_chat, render
 from api.context import CONTEXT, REQUEST_ID, Context
 from api.jsonio import json_response
-from api.openai_chat import check_chat, render
 from api.openai_completions import check_completion, encode_prompt
 from api.prompts import encode_rendered
 from api.sampling import check_token_ids

@@ -1,0 +1,46 @@
+"""POST /v1/messages and /v1/messages/count_tokens: Anthropic's API in front of the same chats."""
+
+from aiohttp import web
+
+from api.anthropic_format import MessagesResponse, MessagesShape
+from api.anthropic_request import to_chat
+from api.anthropic_schema import CountBody, MessagesBody
+from api.body import decode
+from api.chat_request import chat_outputs, check_chat, prepare_chat, render
+from api.context import CONTEXT
+from api.jsonio import json_response
+from api.prompts import encode_rendered
+from api.respond import now, respond
+
+
+async def messages(request: web.Request) -> web.StreamResponse:
+    """The handler of /v1/messages."""
+    context = request.app[CONTEXT]
+    arrived = now()
+    body = decode(await request.read(), MessagesBody)
+    with context.limiter.slot():
+        prepared = await prepare_chat(request, to_chat(body), id_prefix="msg")
+        shape = MessagesShape(
+            response_id=prepared.submission.response_id,
+            model=prepared.model,
+            parallel_tool_calls=prepared.body.parallel_tool_calls is not False,
+        )
+        return await respond(
+            request,
+            prepared.submission,
+            chat_outputs(context, prepared),
+            lambda reader: MessagesResponse(reader, shape),
+            stream=bool(prepared.body.stream),
+            arrived=arrived,
+            headers=prepared.headers,
+        )
+
+
+async def count_tokens(request: web.Request) -> web.Response:
+    """How many tokens the prompt of these messages has."""
+    context = request.app[CONTEXT]
+    chat = to_chat(decode(await request.read(), CountBody))
+    context.model_of(chat.model)
+    check_chat(chat, context)
+    ids = await encode_rendered(context, render(chat, context), chat)
+    return json_response({"input_tokens": len(ids)})
