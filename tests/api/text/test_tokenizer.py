@@ -7,14 +7,14 @@ import tokenizers
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from api import tokenizer as tokenizer_module
+from api.ascii_words import AsciiWords
 from api.chat import render_chat, render_fim
 from api.detokenizer import Detokenizer
 from api.encoding import markers
 from api.encoding.effort import EffortProfile
 from api.encoding.segments import PromptBuilder, Segment, prompt_text
 from api.text_cuts import can_cut, pieces
-from api.tokenizer import Tokenizer
+from api.tokenizer import PIECE_CHARS, Tokenizer
 from runtime.errors import CheckpointError, RequestError
 from tests.api.text import vectors
 from tests.api.text.small_tokenizer import small_tokenizer_spec
@@ -109,7 +109,7 @@ def test_only_splits_known_to_be_safe_allow_cuts(v4_folder):
 
 def test_long_texts_are_cut_and_still_exact(v4, reference):
     text = "\n".join(json.dumps(vector, ensure_ascii=False) for vector in vectors.load("encode-core.json")["vectors"])
-    assert len(list(pieces(text, tokenizer_module.PIECE_CHARS))) > 20
+    assert len(list(pieces(text, PIECE_CHARS))) > 20
     plain = text.replace("<", "(").replace("｜DSML｜", "")
     assert v4.encode_plain(plain) == v4.encode_plain(plain) == reference.encode(plain, add_special_tokens=False).ids
 
@@ -194,10 +194,35 @@ def test_tokenizers_that_cannot_serve_chats_are_refused(tmp_path):
         Tokenizer(spec, "small")
 
 
-def test_remembered_pieces_are_bounded_and_change_nothing(small, monkeypatch):
-    monkeypatch.setattr(tokenizer_module, "CACHE_CHARS", 64)
-    tokenizer = Tokenizer(small_tokenizer_spec(), "small")
+def test_remembered_pieces_are_bounded_and_change_nothing(small):
+    tokenizer = Tokenizer(small_tokenizer_spec(), "small", cache_chars=64)
     texts = [f"text number {number} and the thing" for number in range(50)]
     assert [tokenizer.encode_plain(text) for text in texts * 2] == [small.encode_plain(text) for text in texts * 2]
     assert tokenizer._cache._num_chars <= 64
     assert tokenizer._cache._num_chars == sum(map(len, tokenizer._cache._ids))
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    text=st.lists(
+        st.one_of(
+            st.text(alphabet=st.characters(max_codepoint=127), max_size=6),
+            st.sampled_from(["  ", "\n\n", " \r\n", "1234567", "a1", "(x", " .", "\t\t", "\v", "\f ", "word"]),
+        ),
+        max_size=12,
+    ).map("".join)
+)
+@example(text="a  5")
+@example(text="\x1f\x1fa \x00")
+def test_looked_up_words_have_the_ids_of_the_whole(v4, reference, text):
+    assert v4.encode_plain(text) == reference.encode(text, add_special_tokens=False).ids
+
+
+def test_forgetting_words_changes_nothing(monkeypatch):
+    monkeypatch.setattr("api.ascii_words.MAX_WORDS", 20)
+    calls = []
+    words = AsciiWords(lambda missing: calls.extend(missing) or [[len(word)] for word in missing])
+    for number in range(50):
+        assert list(words.encode(f"some words and {number} more")) == [4, 6, 4, 1, len(str(number)), 5]
+    assert len(words._ids) <= 20
+    assert len(calls) < 150
