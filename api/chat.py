@@ -71,6 +71,8 @@ class RenderedPrompt(msgspec.Struct, frozen=True, kw_only=True):
     """The tools the model was shown; without any, tool markup in the output is plain content."""
     must_call: bool
     """Whether the request demands a tool call, to be enforced by a grammar."""
+    one_call: bool = False
+    """The request names the one tool to call, which means a single call."""
     answer_prefix: str = ""
     """The beginning of the answer, where the prompt holds one to continue."""
 
@@ -125,6 +127,7 @@ def render_chat(request: ChatRequest) -> RenderedPrompt:
         mode=request.mode,
         tools=tools,
         must_call=must_call,
+        one_call=isinstance(request.tool_choice, NamedTool),
         answer_prefix=messages[-1].content if start.continuation and start.state is StartState.CONTENT else "",
     )
 

@@ -43,7 +43,7 @@ def json_object_format() -> Format:
 
 def regex_format(pattern: str, param: str) -> Format:
     """Answers that match a regular expression from end to end, in the syntax of Rust's regex crate."""
-    _check_chars(pattern, param)
+    check_chars(pattern, param)
     return _only_grammar(LLMatcher.grammar_from_regex(pattern))
 
 
@@ -53,13 +53,13 @@ def choice_format(choices: Sequence[object], param: str) -> Format:
     if not texts or len(texts) < len(choices):
         raise RequestError(f"{param}: must be a list of non-empty strings", param=param)
     grammar = "start: " + " | ".join(map(literal, texts))
-    _check_chars(grammar, param)
+    check_chars(grammar, param)
     return {"lark_grammar": grammar}
 
 
 def grammar_format(grammar: str, param: str) -> Format:
     """Answers of a context-free grammar, in Lark's notation or as GBNF/EBNF (`name ::= ...`)."""
-    _check_chars(grammar, param)
+    check_chars(grammar, param)
     if "::=" not in grammar:
         return {"lark_grammar": grammar}
     try:
@@ -98,7 +98,7 @@ def check_schema_size(schema: Mapping[str, Any], param: str) -> None:
             break
     else:
         raise RequestError(f"{param}: the schema is nested deeper than {MAX_DEPTH} levels", param=param)
-    _check_chars(json.dumps(schema, ensure_ascii=False), param)
+    check_chars(json.dumps(schema, ensure_ascii=False), param)
 
 
 def _children(values: Iterable[object], param: str) -> Iterator[object]:
@@ -112,7 +112,7 @@ def _children(values: Iterable[object], param: str) -> Iterator[object]:
             yield from value
 
 
-def _check_chars(text: str, param: str) -> None:
+def check_chars(text: str, param: str) -> None:
     if len(text) > MAX_GRAMMAR_CHARS:
         raise RequestError(f"{param}: {len(text)} characters, more than {MAX_GRAMMAR_CHARS}", param=param)
 

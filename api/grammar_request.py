@@ -34,6 +34,7 @@ class GrammarPlanner:
         or `single_call` forbids several. `param` is the field that asks for the answer format.
         """
         must_call = rendered.must_call
+        single_call = single_call or rendered.one_call
         if must_call:
             answer = None
         only_calls = not must_call and answer is None

@@ -21,6 +21,7 @@ from api.grammar_formats import (
 )
 from api.grammar_matcher import GrammarMatchers
 from api.grammar_request import GrammarPlanner
+from api.grammar_tags import structural_tag_format
 from api.parse import OutputParser
 from runtime.errors import RequestError
 from tests.api.text.outputs import collect
@@ -191,7 +192,7 @@ async def test_a_required_call_is_one_of_the_tools_and_follows_its_schema(planne
 
 async def test_a_named_tool_is_the_only_one_and_can_be_called_once(planner, matchers, small):
     rendered = chat(tools=(WEATHER, PING), tool_choice=NamedTool("ping"))
-    spec = await planner.for_chat(rendered, None, "tools", single_call=True)
+    spec = await planner.for_chat(rendered, None, "tools")
     matcher = matchers(spec)
     text = '<｜DSML｜invoke name="ping">\n</｜DSML｜invoke>\n</｜DSML｜tool_calls>'
     assert follow(matcher, small, text) == text
@@ -259,6 +260,81 @@ async def test_a_continued_answer_goes_on_where_the_prompt_stopped(planner, matc
     wrong = chat(messages=(*ASK, AssistantMessage(content="Well", continued=True)))
     with pytest.raises(RequestError, match="continue"):
         await planner.for_chat(wrong, json_schema_format(PERSON, "p"), "p")
+
+
+PLACE = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"], "additionalProperties": False}
+OLD_TAGS = {
+    "type": "structural_tag",
+    "structures": [
+        {"begin": "<f=x>", "schema": PLACE, "end": "</f>"},
+        {"begin": "<f=y>", "schema": {"type": "string"}, "end": "</f>"},
+    ],
+    "triggers": ["<f="],
+}
+SEQUENCE = {
+    "type": "sequence",
+    "elements": [
+        {"type": "const_string", "value": "A/"},
+        {"type": "tag", "begin": "<t>", "content": {"type": "any_text"}, "end": "</t>"},
+        {
+            "type": "or",
+            "elements": [{"type": "regex", "pattern": "[0-9]+/x"}, {"type": "json_schema", "json_schema": PLACE}],
+        },
+    ],
+}
+TRIGGERED = {
+    "type": "triggered_tags",
+    "triggers": ["<a"],
+    "tags": [
+        {"begin": "<a>", "content": {"type": "any_text"}, "end": "</a>"},
+        {"begin": "<ab>", "content": {"type": "regex", "pattern": "x+"}, "end": ""},
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("tag", "good", "bad"),
+    [
+        (OLD_TAGS, ["hello", 'hi <f=x>{"a": 1}</f> and <f=y>"q"</f>'], ["hi <f=z>", 'hi <f=x>{"b"']),
+        ({"format": SEQUENCE}, ["A/<t>foo < bar</t>12/x", 'A/<t></t>{"a":2}'], ["A/<t></t>b", "B"]),
+        ({"format": TRIGGERED}, ["t <a>zz</a> t", "t <ab>xx"], ["t <ac", "<abx"]),
+    ],
+)
+async def test_structural_tags_bind_only_what_they_begin(planner, matchers, small, tag, good, bad):
+    spec = await planner.for_text(structural_tag_format(tag, "p"), "p")
+    for text in good:
+        matcher = matchers(spec)
+        assert follow(matcher, small, text) == text
+        assert can_end(matcher, small)
+    for text in bad:
+        assert follow(matchers(spec), small, text) != text
+
+
+@pytest.mark.parametrize(
+    "tag",
+    [
+        "x",
+        {},
+        {"structures": [{"begin": "<f>", "schema": 3, "end": ""}], "triggers": ["<f"]},
+        {"structures": [{"begin": "<f>", "schema": {}, "end": ""}], "triggers": ["<g"]},
+        {"structures": [{"begin": "<f>", "schema": {}, "end": ""}], "triggers": []},
+        {"format": {"type": "music"}},
+        {"format": {"type": "sequence", "elements": []}},
+        {"format": {**TRIGGERED, "at_least_one": True}},
+    ],
+)
+def test_malformed_structural_tags_are_refused(tag):
+    with pytest.raises(RequestError) as caught:
+        structural_tag_format(tag, "f")
+    assert caught.value.param == "f"
+
+
+def test_structural_tags_too_deep_are_refused():
+    nested = {"type": "any_text"}
+    for _ in range(5000):
+        nested = {"type": "sequence", "elements": [nested]}
+    with pytest.raises(RequestError, match="deep"):
+        structural_tag_format({"format": nested}, "f")
 
 
 def deep(levels):
