@@ -11,7 +11,7 @@ from proto import cluster_pb2 as pb
 from proto import cluster_pb2_grpc
 from router.config import ClusterConfig
 from router.nodes import Refused, load_from_proto, node_from_proto, rank_from_proto
-from router.registry import Node, Registry
+from router.registry import Node, Registry, Release
 from runtime import grpc as rpc
 
 log = logging.getLogger(__name__)
@@ -26,12 +26,12 @@ class _StreamLink:
     """The way back to one node. Once the stream ended nothing needs saying: the node forgets by itself."""
 
     def __init__(self) -> None:
-        self.releases: list[str] = []
+        self.releases: list[Release] = []
         self.closed: str | None = None
         self.changed = asyncio.Event()
 
-    def release(self, transfer_id: str) -> None:
-        self.releases.append(transfer_id)
+    def release(self, release: Release) -> None:
+        self.releases.append(release)
         self.changed.set()
 
     def close(self, reason: str) -> None:
@@ -75,8 +75,8 @@ class ClusterService(cluster_pb2_grpc.ClusterServicer):
             reason = await self._converse(node, link, context)
         finally:
             self._registry.lose(node, reason)
-            for transfer_id in link.releases:
-                self._registry.release(node, transfer_id)
+            for release in link.releases:
+                self._registry.release(node, release)
 
     async def _converse(self, node: Node, link: _StreamLink, context: _Context) -> str:
         """Listen and speak until either side ends it. Returns why."""
@@ -125,7 +125,11 @@ class ClusterService(cluster_pb2_grpc.ClusterServicer):
             link.changed.clear()
             while link.releases:
                 batch = link.releases[:_RELEASES_AT_ONCE]
-                await context.write(pb.RouterMessage(release=pb.ReleaseTransfers(transfer_ids=batch)))
+                await context.write(
+                    pb.RouterMessage(
+                        release=pb.ReleaseTransfers(transfer_ids=[release.transfer_id for release in batch])
+                    )
+                )
                 del link.releases[: len(batch)]
         return link.closed
 

@@ -4,6 +4,7 @@ import asyncio
 import logging
 import random
 from collections.abc import Callable
+from typing import Any
 
 from router.answer import KEEP_ALIVE, Answer, Verdict, WholeEvents
 from router.config import RouterConfig
@@ -18,6 +19,7 @@ from router.registry import Registry, Target
 from router.request import Request
 from router.sink import ClientGone, Headers, Sink
 from router.transfers import Transfer, TransferTable
+from router.usage import corrected, corrected_events, usage_of
 from runtime.errors import TandemError
 
 log = logging.getLogger(__name__)
@@ -71,6 +73,8 @@ class Dispatcher:
         self.metrics = metrics
         self.proofs = proofs
         self.clock = clock
+        self.on_load_failure: list[Callable[[], None]] = []
+        """Called when a decode node answered with an error that may be about the state it could not get."""
         self.live: set[int] = set()
         """Numbers of the requests being served."""
 
@@ -103,6 +107,8 @@ class _Job:
         self._prefill: Answer | None = None
         self._decode: Answer | None = None
         self._transfer: Transfer | None = None
+        self._usage: dict[str, Any] | None = None
+        """What prefill counted, where decode cannot know it."""
         self._prefill_ok = False
         self._prefill_sent_at = 0.0
         self._prefilled_at = 0.0
@@ -147,6 +153,7 @@ class _Job:
         shared, request = self._shared, self._request
         self._prefill = self._decode = None
         self._prefill_ok = False
+        self._usage = None
         self._decode_target = pair.decode
         if pair.prefill is not None:
             self._transfer = shared.transfers.open(request.number, request.request_id, pair.prefill, request.choices)
@@ -195,6 +202,10 @@ class _Job:
             return self._prefill.failure
         if verdict is Verdict.GOOD:
             self._prefill_ok = True
+            if self._transfer is not None:
+                self._transfer.computed = True
+            if self._prefill.leg.target.node.info.dialect == "vllm":
+                self._usage = usage_of(self._prefill.data)
             self._prefilled_at = self._shared.clock()
             self._shared.metrics.prefill_seconds.observe(self._prefilled_at - self._prefill_sent_at)
             self._prefill.leg.close()
@@ -244,6 +255,8 @@ class _Job:
             return
         if failure.leg == "decode" and failure.status and self._prefill is not None:
             # Its error may be about the state it could not get.
+            for listener in shared.on_load_failure:
+                listener()
             self._avoid.append(self._prefill.leg.target)
         for answer in (self._prefill, self._decode):
             if answer is not None:
@@ -265,13 +278,10 @@ class _Job:
         """Whether another decode rank could still claim what the prefill rank computed or computes."""
         if self._transfer is None or self._transfer.prefill.node.lost is not None:
             return False
-        if (
-            failed.leg.kind == "decode"
-            and failed.leg.exchange.head is not None
-            and failed.leg.exchange.head.status == 200
-        ):
-            # It began to answer, so it has fetched the state, unless all it sent was a stream's keep-alives.
-            return failed.streamed
+        head = failed.leg.exchange.head
+        if failed.leg.kind == "decode" and head is not None and head.status // 100 == 2 and not failed.streamed:
+            # It began to answer, so it has fetched the state.
+            return False
         if not self._prefill_ok:
             return self._prefill is not None and self._prefill.failure is None
         return self._shared.clock() - self._prefilled_at < self._shared.config.deadlines.state_hold_s
@@ -293,7 +303,8 @@ class _Job:
         now = shared.clock()
         self._proven(answer, now)
         if not answer.streamed:
-            await sink.answer(status, headers, answer.data)
+            data = answer.data if self._usage is None else corrected(answer.data, self._usage)
+            await sink.answer(status, headers, data)
             return
         shared.metrics.ttft.observe(now - self._started_at)
         if not sink.started:
@@ -329,6 +340,8 @@ class _Job:
                 # A client that reads slowly is not the node's fault: no deadline runs while we wait for it.
                 exchange.deadline = float("inf")
                 if whole := events.cut(data):
+                    if self._usage is not None:
+                        whole = corrected_events(whole, self._usage)
                     await sink.write(whole)
                 leg.expect_more(clock())
             elif exchange.complete:

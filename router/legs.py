@@ -1,8 +1,9 @@
 """The two requests that one request becomes: what is sent to the prefill rank and to the decode rank."""
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
+from router.bodies import Body, decode_body, prefill_body
 from router.config import DeadlineConfig
 from router.registry import Target
 from router.request import Request
@@ -90,31 +91,18 @@ class LegFactory:
 
     def prefill(self, request: Request, transfer: Transfer, wake: Callable[[], None]) -> Leg:
         """Ask for the prompt's state to be computed and held under the transfer's id."""
-        params: dict[str, Any] = {
-            "do_remote_decode": True,
-            "do_remote_prefill": False,
-            "transfer_id": transfer.transfer_id,
-        }
-        if isinstance(min_tokens := request.fields.get("min_tokens"), int):
-            params["min_tokens"] = min_tokens
-        leg = self._start("prefill", transfer.prefill, request, {"kv_transfer_params": params}, wake)
+        body = prefill_body(request, transfer, transfer.prefill.node.info.dialect)
+        leg = self._start("prefill", transfer.prefill, request, body, wake)
         limit_s = self._deadlines.prefill_s
         leg.exchange.expire_at(self._clock() + limit_s, f"no answer to the prefill leg within {limit_s:g} s")
         return leg
 
     def decode(self, request: Request, target: Target, transfer: Transfer | None, wake: Callable[[], None]) -> Leg:
         """Ask for the answer: from the state of a transfer, or computed there from the start."""
-        members: dict[str, Any] = {}
         if transfer is not None:
             transfer.decodes.append(target)
-            members["kv_transfer_params"] = {
-                "do_remote_prefill": True,
-                "do_remote_decode": False,
-                "transfer_id": transfer.transfer_id,
-                "remote_address": transfer.source_address,
-                "remote_epoch": transfer.source_epoch,
-            }
-        leg = self._start("decode", target, request, members, wake)
+        body = decode_body(request, transfer, target.node.info.dialect)
+        leg = self._start("decode", target, request, body, wake)
         limit_s = self._deadlines.first_byte_s
         leg.exchange.expire_at(self._clock() + limit_s, f"no byte of the answer within {limit_s:g} s")
         return leg
@@ -124,22 +112,23 @@ class LegFactory:
         kind: Literal["prefill", "decode"],
         target: Target,
         request: Request,
-        members: dict[str, Any],
+        body: Body,
         wake: Callable[[], None],
     ) -> Leg:
-        body = request.with_members(members)
         origin = self._upstream.origin(target.node.info.url)
-        head = self.head(request, origin.name, sum(map(len, body)), target.info.rank)
+        head = self._head(request, origin.name, sum(map(len, body)), target)
         return Leg(kind, target, origin.start(head, body, wake), request.num_tokens, self._deadlines)
 
-    def head(self, request: Request, host: str, length: int, rank: int) -> bytes:
+    def _head(self, request: Request, host: str, length: int, target: Target) -> bytes:
         """The request head for one rank."""
         headers = request.headers
         forwarded = "".join(f"{name}: {headers[name]}\r\n" for name in FORWARDED_HEADERS if name in headers)
         if "authorization" not in headers:
             forwarded += self._key
+        alone = target.node.info.dialect == "vllm" and len(target.node.targets) == 1
+        rank = "" if alone else f"x-data-parallel-rank: {target.info.rank}\r\n"
         return (
             f"POST {request.path} HTTP/1.1\r\nhost: {host}\r\ncontent-type: application/json\r\n"
             f"content-length: {length}\r\nx-request-id: {request.request_id}\r\n"
-            f"x-data-parallel-rank: {rank}\r\n{forwarded}\r\n"
+            f"{rank}{forwarded}\r\n"
         ).encode("latin-1")

@@ -7,6 +7,7 @@ the requests behind them can go elsewhere without waiting for a timeout.
 import collections
 import logging
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Protocol
 
 from router.nodes import NodeInfo, RankInfo, RankLoad, Refused, Role
@@ -17,11 +18,21 @@ _MAX_OWED = 4096
 _MAX_OWED_NODES = 256
 
 
+@dataclass(frozen=True, slots=True)
+class Release:
+    """A transfer that was given up, as one of its ranks is told."""
+
+    transfer_id: str
+    rank: RankInfo
+    computed: bool
+    """Prefill had answered: without a release it would hold the state until its own limit."""
+
+
 class NodeLink(Protocol):
     """How the router speaks to a node outside of requests."""
 
-    def release(self, transfer_id: str) -> None:
-        """Tell the node that this transfer was given up. Never blocks; a link that is gone drops it."""
+    def release(self, release: Release) -> None:
+        """Tell the node that this transfer was given up. Never blocks."""
 
     def close(self, reason: str) -> None:
         """End the link: the node was replaced by a newer incarnation of itself."""
@@ -92,7 +103,7 @@ class Registry:
         self._model = model
         self._nodes: dict[str, Node] = {}
         self._usable: dict[Role, tuple[Target, ...]] = dict.fromkeys(Role, ())
-        self._owed: dict[str, collections.deque[str]] = {}
+        self._owed: dict[str, collections.deque[Release]] = {}
         """Releases for nodes that are gone: only their stream may have broken, and they still hold something."""
         self._listeners: list[Callable[[], None]] = []
         self.joins = 0
@@ -131,8 +142,8 @@ class Registry:
         node = Node(info, link, now)
         self._nodes[info.node_id] = node
         self.joins += 1
-        for transfer_id in self._owed.pop(info.node_id, ()):
-            link.release(transfer_id)
+        for release in self._owed.pop(info.node_id, ()):
+            link.release(release)
         log.info(
             "%s node %s joined: %s, %d ranks, model %s, format %s",
             info.role.value,
@@ -183,14 +194,14 @@ class Registry:
         if node.lost is None:
             self._drop(node, reason)
 
-    def release(self, node: Node, transfer_id: str) -> None:
+    def release(self, node: Node, release: Release) -> None:
         """Tell a node that a transfer was given up. One that is gone is told if it comes back under its id."""
         here = node if node.lost is None else self._nodes.get(node.info.node_id)
         if here is not None:
-            here.link.release(transfer_id)
+            here.link.release(release)
             return
         owed = self._owed.setdefault(node.info.node_id, collections.deque(maxlen=_MAX_OWED))
-        owed.append(transfer_id)
+        owed.append(release)
         while len(self._owed) > _MAX_OWED_NODES:
             del self._owed[next(iter(self._owed))]
 

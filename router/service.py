@@ -16,11 +16,14 @@ from router.dispatch import Dispatcher
 from router.health import Canary, Proofs
 from router.legs import LegFactory
 from router.metrics import ClusterCollector, RouterMetrics
+from router.nodes import Role
 from router.picker import Picker
 from router.proxy import AnyNode
 from router.registry import Registry
+from router.static_nodes import Asker, NodeProbe, StaticNodes, TandemProbe
 from router.transfers import TransferTable
 from router.upstream import Upstream
+from router.vllm_nodes import VllmProbe
 from runtime.errors import ConfigError, Overloaded
 
 log = logging.getLogger(__name__)
@@ -54,6 +57,7 @@ class RouterService:
             self.proofs,
             self.clock,
         )
+        self.static_nodes = self._static_nodes()
         self.any_node = AnyNode(self.upstream, self.registry, config.node_api_key, self.clock)
         self.canary = Canary(config.health, self.proofs, self.registry, self.dispatcher, self.metrics, self.clock)
         self.port = 0
@@ -106,6 +110,8 @@ class RouterService:
                     )
                 if self.config.health.canary:
                     tasks.append(group.create_task(self.canary.run(), name="canary"))
+                if self.static_nodes is not None:
+                    tasks.append(group.create_task(self.static_nodes.run(), name="static nodes"))
                 server = await self._listen(runner)
                 log.info(
                     "router %s: http on %s:%d, nodes on %s",
@@ -125,6 +131,20 @@ class RouterService:
                     await cluster.stop(grace=0.5)
                 for task in tasks:
                     task.cancel()
+
+    def _static_nodes(self) -> StaticNodes | None:
+        config = self.config.nodes
+        asker = Asker(config, self.upstream, self.config.node_api_key, self.clock)
+        probes: list[tuple[str, NodeProbe]] = []
+        for role, listed in ((Role.PREFILL, config.prefill), (Role.DECODE, config.decode)):
+            for node in listed:
+                if config.dialect == "tandem":
+                    probes.append((node.url, TandemProbe(node, role, asker)))
+                    continue
+                probe = VllmProbe(node, role, asker, config, self.registry, self.clock)
+                self.dispatcher.on_load_failure.append(probe.forget)
+                probes.append((node.url, probe))
+        return StaticNodes(config, self.registry, probes, self.clock) if probes else None
 
     async def _listen(self, runner: web.AppRunner) -> asyncio.Server:
         config = self.config.server

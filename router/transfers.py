@@ -10,7 +10,7 @@ import secrets
 from collections.abc import Callable, Set
 from dataclasses import dataclass, field
 
-from router.registry import Node, Target
+from router.registry import Node, Release, Target
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +30,8 @@ class Transfer:
     opened_at: float
     decodes: list[Target] = field(default_factory=list)
     """Every decode rank that was told about it, the current one last."""
+    computed: bool = False
+    """Prefill has answered: the state is there."""
     end: str | None = None
     """How it ended: "finished", or why it was released."""
 
@@ -43,8 +45,8 @@ class Transfer:
 class TransferTable:
     """Owner of all transfers this router made."""
 
-    def __init__(self, clock: Callable[[], float], tell: Callable[[Node, str], None]) -> None:
-        """`tell(node, wire_id)` lets a node know that a transfer was given up; it must not block."""
+    def __init__(self, clock: Callable[[], float], tell: Callable[[Node, Release], None]) -> None:
+        """`tell` lets a node know that a transfer was given up; it must not block."""
         self._clock = clock
         self._tell = tell
         self._open: dict[str, Transfer] = {}
@@ -63,7 +65,8 @@ class TransferTable:
             prefill=prefill,
             source_address=prefill.info.handoff_address,
             source_epoch=prefill.info.epoch,
-            choices=choices,
+            # vLLM gives every choice of a request the same id.
+            choices=choices if prefill.node.info.dialect == "tandem" else 1,
             opened_at=self._clock(),
         )
         self._open[transfer.transfer_id] = transfer
@@ -79,10 +82,10 @@ class TransferTable:
         """Give the transfer up and tell every node that knows of it."""
         self._end(transfer, reason)
         self.released += 1
-        nodes = {target.node.info.node_id: target.node for target in (transfer.prefill, *transfer.decodes)}
-        for node in nodes.values():
+        targets = {target.node.info.node_id: target for target in (*transfer.decodes, transfer.prefill)}
+        for target in targets.values():
             for wire_id in transfer.wire_ids:
-                self._tell(node, wire_id)
+                self._tell(target.node, Release(wire_id, target.info, transfer.computed))
         log.debug("transfer %s of %s released: %s", transfer.transfer_id, transfer.request_id, reason)
 
     def oldest_s(self) -> float:

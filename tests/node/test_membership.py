@@ -12,7 +12,7 @@ from node.membership import Membership, MembershipConfig, as_json, describe
 from router.cluster_service import start_cluster_server
 from router.config import ClusterConfig
 from router.nodes import Role
-from router.registry import Registry
+from router.registry import Registry, Release
 from runtime.config import convert
 from runtime.errors import ConfigError
 from runtime.grpc import TlsConfig
@@ -111,7 +111,7 @@ async def test_releases_reach_the_node_in_order():
         await until(lambda: registry.get("n1"))
         ids = [f"t{number}" for number in range(3000)]
         for transfer_id in ids:
-            registry.release(registry.get("n1"), transfer_id)
+            registry.release(registry.get("n1"), Release(transfer_id, registry.get("n1").info.ranks[0], computed=True))
         await until(lambda: len(released) == len(ids))
         assert released == ids
 
@@ -162,8 +162,9 @@ async def test_several_routers_are_joined_separately():
         config = MembershipConfig(routers=(one, two))
         node = Membership(config, join, list, lambda transfer_id: None)
         async with running(node):
-            await until(lambda: first.get("n1") and second.get("n1"))
-            assert sorted(node.attached) == sorted([one, two])
+            await until(lambda: sorted(node.attached) == sorted([one, two]))
+            assert first.get("n1")
+            assert second.get("n1")
 
 
 @pytest.mark.parametrize(

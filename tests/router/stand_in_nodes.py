@@ -14,6 +14,7 @@ import secrets
 from collections.abc import AsyncIterator
 from typing import Any
 
+import msgspec
 import orjson
 from aiohttp import web
 
@@ -138,6 +139,7 @@ class StandInNode:
         app.router.add_get("/v1/models", self._models)
         app.router.add_post("/tokenize", self._tokenize)
         app.router.add_get("/cluster/node", self._describe)
+        app.router.add_get("/cluster/ranks", self._ranks)
         app.router.add_post("/cluster/release", self._release)
         app.router.add_get("/health", self._health)
         self._runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=0.0)
@@ -390,6 +392,9 @@ class StandInNode:
 
     async def _describe(self, request: web.Request) -> web.StreamResponse:
         return web.json_response(as_json(self.membership.join))
+
+    async def _ranks(self, request: web.Request) -> web.StreamResponse:
+        return web.Response(body=msgspec.json.encode(self.stats()), content_type="application/json")
 
     async def _release(self, request: web.Request) -> web.StreamResponse:
         self._released((await request.json())["transfer_id"])
