@@ -137,6 +137,9 @@ class TransferCore:
         give_up_at = self._clock() + self.config.stop_grace_s
         while (self.receiver.open_ids or self.sender.open_ids) and self._clock() < give_up_at:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
+        self._peers.close_all()
+        while self._peers.running and self._clock() < give_up_at:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
 
     async def _shut_down(self, server: grpc.aio.Server) -> None:
         await server.stop(grace=0.2)
@@ -180,12 +183,13 @@ class TransferCore:
         log.error("re-creating the transfer engine: %s", reason)
         self._counters.recreations += 1
         self._recreated_at = self._clock()
-        self._peers.close_all()
-        self._service.close_streams()
         self._engine.close()
         self._create_engine()
         self.receiver.fence()
         self.sender.cancel_all(f"the transfer engine was re-created: {reason}")
+        # Only now: what the machines just said still goes out.
+        self._peers.close_all()
+        self._service.close_streams()
         self._emit(EpochRenewed(self.epoch))
 
     # ---- tasks ------------------------------------------------------------------------------------------------------
@@ -235,13 +239,14 @@ class TransferCore:
         """A session whose reads all fail although its peer answers: only a new engine reaches it again."""
         if self._clock() - self._recreated_at < self.config.recreate_after_s:
             return None
-        for session_id in self.receiver.reader.failing_sessions(_WEDGED_AFTER_FAILURES):
-            with_timeout = asyncio.wait_for(self._probe(session_id), self.config.connect_timeout_s)
+        reader = self.receiver.reader
+        for session_id in reader.failing_sessions():
             try:
-                if await with_timeout:
-                    return f"reads from {session_id} fail although it answers"
+                answers = await asyncio.wait_for(self._probe(session_id), self.config.connect_timeout_s)
             except TimeoutError:
-                continue
+                answers = False
+            if reader.is_wedged(session_id, answers, _WEDGED_AFTER_FAILURES):
+                return f"reads from {session_id} fail although it answers"
         return None
 
     # ---- looking at it ----------------------------------------------------------------------------------------------

@@ -69,6 +69,8 @@ class Peers:
         self._clock = clock
         self._links: dict[tuple[str, str], PeerLink] = {}
         self._not_before: dict[str, float] = {}
+        self.running = 0
+        """Links that have not ended, closed ones included."""
 
     def link_to(self, address: str, epoch: str) -> PeerLink:
         """The link to that incarnation, open or being opened. The receiver hears what becomes of it."""
@@ -90,6 +92,7 @@ class Peers:
 
     async def _run(self, link: PeerLink) -> None:
         reason, refused = "the agent is stopping", None
+        self.running += 1
         try:
             await self._back_off(link.address)
             reason = await self._converse(link)
@@ -99,6 +102,7 @@ class Peers:
             reason = _explain(link.address, error)
         finally:
             link.is_open = False
+            self.running -= 1
             if self._links.get((link.address, link.epoch)) is link:
                 del self._links[link.address, link.epoch]
             self._not_before[link.address] = self._clock() + self._config.peer_backoff_s

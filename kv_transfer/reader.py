@@ -2,8 +2,12 @@
 
 A group is what one announcement started. It ends when none of its reads is queued or in flight: from then on nothing
 of it touches memory. Dropping a group only stops what was not submitted yet.
+
+A failed read is tried again: after an outage the engine fails the first read on each connection that it had to drop,
+without trying to connect. Reading again is harmless, and a peer that is gone is known from its control stream.
 """
 
+import asyncio
 import logging
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -16,20 +20,25 @@ from runtime.errors import TransferError
 
 log = logging.getLogger(__name__)
 
+_MAX_TRIES = 3
+_EPISODE_S = 0.5
+"""Failures closer together than this have one cause."""
+
 
 class ReadGroup:
     """Reads from one session that succeed or fail together. Times are the reader's clock, seconds."""
 
     def __init__(self, session_id: str, pieces: Iterable[Piece], on_end: Callable[["ReadGroup"], None]) -> None:
         self.session_id = session_id
-        self.queued = deque(pieces)
-        self.num_bytes = sum(piece.num_bytes for piece in self.queued)
+        self.queued = deque((piece, 1) for piece in pieces)
+        """What to read, and which try it is."""
+        self.num_bytes = sum(piece.num_bytes for piece, _ in self.queued)
         self.on_end = on_end
         self.in_flight = 0
         self.failure: str | None = None
         self.started: float | None = None
         self.progress: float | None = None
-        """When a read of it last ended."""
+        """When a read of it last succeeded."""
 
     def drop(self) -> None:
         """Submit nothing more of it."""
@@ -43,12 +52,13 @@ class ReadGroup:
 
 
 class _Read:
-    __slots__ = ("group", "piece", "read_id", "submitted")
+    __slots__ = ("group", "piece", "read_id", "submitted", "tries")
 
-    def __init__(self, read_id: int, group: ReadGroup, piece: Piece, submitted: float) -> None:
-        self.read_id = read_id
+    def __init__(self, group: ReadGroup, piece: Piece, tries: int, submitted: float) -> None:
+        self.read_id = 0
         self.group = group
         self.piece = piece
+        self.tries = tries
         self.submitted = submitted
 
 
@@ -60,7 +70,10 @@ class _Session:
         self.reads: deque[_Read] = deque()
         self.open = False
         self.failures = 0
-        """Reads that failed since the last that did not."""
+        """Episodes of failure since a read last succeeded, or since the peer was last found not to answer."""
+        self.failed_at = float("-inf")
+        self.answers = False
+        """The peer answered a probe after a failure."""
         self.forgotten = False
 
     @property
@@ -115,9 +128,19 @@ class Reader:
             times.append(self._opening.submitted)
         return min(times, default=None)
 
-    def failing_sessions(self, failures: int) -> list[str]:
-        """Sessions whose last `failures` reads or more all failed."""
-        return [session_id for session_id, session in self._sessions.items() if session.failures >= failures]
+    def failing_sessions(self) -> list[str]:
+        """Sessions whose last read failed: worth a probe, whose result goes to `is_wedged`."""
+        return [session_id for session_id, session in self._sessions.items() if session.failures]
+
+    def is_wedged(self, session_id: str, answers: bool, failures: int) -> bool:
+        """Whether reads failed in `failures` episodes although the peer answered all the time, and answers now."""
+        session = self._sessions.get(session_id)
+        if session is None:
+            return False
+        if not (answers and session.answers):
+            # What failed before the peer was known to answer may have been its fault.
+            session.answers, session.failures = answers, 0
+        return session.failures >= failures
 
     def forget(self, session_id: str) -> None:
         """The peer is gone: drop what is known of its session once nothing of it is in flight."""
@@ -162,15 +185,25 @@ class Reader:
         self._in_flight -= 1
         group = read.group
         group.in_flight -= 1
-        group.progress = self._clock()
         if state is ReadState.DONE:
-            session.failures = 0
+            group.progress = self._clock()
+            session.failures, session.answers = 0, False
             self._counters.reads_done += 1
             self._counters.bytes_received += read.piece.num_bytes
         else:
+            self._failed(session, read, f"a read of {read.piece.num_bytes} bytes from {group.session_id} failed")
+
+    def _failed(self, session: _Session, read: _Read, reason: str) -> None:
+        now = self._clock()
+        if now - session.failed_at > _EPISODE_S:
             session.failures += 1
-            self._counters.reads_failed += 1
-            self._fail(group, f"a read of {read.piece.num_bytes} bytes from {group.session_id} failed")
+        session.failed_at = now
+        self._counters.reads_failed += 1
+        group = read.group
+        if read.tries < _MAX_TRIES and group.failure is None:
+            group.queued.append((read.piece, read.tries + 1))
+        else:
+            self._fail(group, f"{reason}, try {read.tries}")
 
     def _fail(self, group: ReadGroup, reason: str) -> None:
         group.failure = group.failure or reason
@@ -193,48 +226,43 @@ class Reader:
         return moved
 
     def _submit_one(self, session_id: str, session: _Session, group: ReadGroup) -> None:
-        piece = group.queued.popleft()
         now = self._clock()
         group.started = now if group.started is None else group.started
+        read = _Read(group, *group.queued.popleft(), now)
         self._counters.reads_submitted += 1
         if not session.open:
-            self._open(session, group, piece)
+            self._open(session, read)
             return
         try:
-            read_id = self._engine.submit(session_id, piece)
+            read.read_id = self._engine.submit(session_id, read.piece)
         except TransferError as error:
-            self._refused(session, group, error)
+            self._failed(session, read, str(error))
             return
-        self._add(session, _Read(read_id, group, piece, now))
+        self._add(session, read)
 
     def _add(self, session: _Session, read: _Read) -> None:
         session.reads.append(read)
         read.group.in_flight += 1
         self._in_flight += 1
 
-    def _refused(self, session: _Session, group: ReadGroup, error: Exception) -> None:
-        session.failures += 1
-        self._counters.reads_failed += 1
-        self._fail(group, str(error))
-
-    def _open(self, session: _Session, group: ReadGroup, piece: Piece) -> None:
+    def _open(self, session: _Session, read: _Read) -> None:
         """The first submit connects, and may block while holding a lock that every submit needs: off this thread."""
-        read = _Read(0, group, piece, self._clock())
         self._opening = read
-        group.in_flight += 1
+        read.group.in_flight += 1
         self._in_flight += 1
-        future = self._threads.run(lambda: self._engine.submit(group.session_id, piece), "first-contact")
-        future.add_done_callback(lambda done: self._opened(session, read, done.exception(), done))
+        call = self._threads.run(lambda: self._engine.submit(read.group.session_id, read.piece), "first-contact")
+        call.add_done_callback(lambda done: self._opened(session, read, done))
 
-    def _opened(self, session: _Session, read: _Read, error: BaseException | None, future: object) -> None:
+    def _opened(self, session: _Session, read: _Read, call: "asyncio.Future[int]") -> None:
         self._opening = None
         read.group.in_flight -= 1
         self._in_flight -= 1
+        error = call.exception()
         if error is not None:
-            self._refused(session, read.group, TransferError(str(error)))
+            self._failed(session, read, str(error))
         else:
             session.open = True
-            read.read_id = future.result()  # type: ignore[attr-defined]
+            read.read_id = call.result()
             self._add(session, read)
         self._wake()
 

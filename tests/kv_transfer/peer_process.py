@@ -7,12 +7,14 @@ import json
 import logging
 import sys
 import time
+from collections import deque
 
 import msgspec
 import numpy as np
 import xxhash
 
 from kv_transfer.agent import TransferAgent
+from kv_transfer.agent_events import AgentEvent
 from kv_transfer.config import TransferConfig
 from kv_transfer.format import StateFormat
 from kv_transfer.regions import MemoryRegion
@@ -37,6 +39,7 @@ class Rank:
             slots=MemoryRegion(self.slots.ctypes.data, slot_bytes, setup["num_slots"]),
             rank=0,
         )
+        self.backlog: deque[AgentEvent] = deque()
         self.agent.start(20.0)
 
     def hello(self) -> dict:
@@ -67,17 +70,13 @@ class Rank:
         getattr(self.agent, method)(*[a.encode() if i in BYTES.get(method, ()) else a for i, a in enumerate(args)])
 
     def events(self, count: int, timeout_s: float) -> list[dict]:
-        """Polls until `count` events were seen or the time is over."""
-        found: list[dict] = []
+        """The next `count` events, fewer when the time is over."""
         until = time.monotonic() + timeout_s
-        while len(found) < count and time.monotonic() < until:
-            for event in self.agent.poll():
-                fields = msgspec.structs.asdict(event)
-                fields.pop("payload", None)
-                text = {"payload": event.payload.decode()} if hasattr(event, "payload") else {}
-                found.append({"kind": type(event).__name__, **fields, **text})
+        while len(self.backlog) < count and time.monotonic() < until:
+            self.backlog.extend(self.agent.poll())
             time.sleep(0.001)
-        return found
+        found = [self.backlog.popleft() for _ in range(min(count, len(self.backlog)))]
+        return [as_json(event) for event in found]
 
     def wait_for_bytes(self, num_bytes: int, timeout_s: float) -> bool:
         """Until a transfer is under way that far."""
@@ -97,6 +96,13 @@ class Rank:
 
 BYTES = {"open_send": (2,), "publish_ready": (3,), "open_receive": (4,)}
 """Positions of arguments that are bytes; JSON has text there."""
+
+
+def as_json(event: AgentEvent) -> dict:
+    fields = msgspec.structs.asdict(event)
+    if "payload" in fields:
+        fields["payload"] = fields["payload"].decode()
+    return {"kind": type(event).__name__, **fields}
 
 
 def main() -> None:
