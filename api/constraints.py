@@ -14,6 +14,7 @@ from api.grammar_formats import (
     json_schema_format,
     regex_format,
 )
+from api.grammar_tags import structural_tag_format
 from api.schema import ChatBody, ResponseFormat, SamplingBody
 from runtime.errors import RequestError
 
@@ -23,6 +24,7 @@ _STRUCTURED: dict[str, Callable[[Any, str], Format]] = {
     "choice": choice_format,
     "grammar": grammar_format,
     "json_object": lambda _, __: json_object_format(),
+    "structural_tag": structural_tag_format,
 }
 _GUIDED: dict[str, Callable[[Any, str], Format]] = {
     f"guided_{kind}": _STRUCTURED[kind] for kind in list(_STRUCTURED)[:4]
@@ -64,14 +66,18 @@ def _from_response_format(asked: ResponseFormat | None) -> list[tuple[Format, st
         return [(json_schema_format(asked.json_schema.schema or {}, f"{param}.schema"), param)]
     if asked.type == "regex" and asked.regex is not None:
         return [(regex_format(asked.regex, "response_format.regex"), "response_format.regex")]
-    raise RequestError(f"response_format: {asked.type} is not supported here", param="response_format")
+    if asked.type == "structural_tag":
+        fields = {"format": asked.format, "structures": asked.structures, "triggers": asked.triggers}
+        tag = {name: value for name, value in fields.items() if value is not None}
+        return [(structural_tag_format(tag, "response_format"), "response_format")]
+    raise RequestError(f"response_format.{asked.type}: this field is required", param=f"response_format.{asked.type}")
 
 
 def _from_structured_outputs(body: SamplingBody) -> list[tuple[Format, str]]:
     outputs = body.structured_outputs
     if outputs is None:
         return []
-    given = [kind for kind in (*_STRUCTURED, "structural_tag") if getattr(outputs, kind) is not None]
+    given = [kind for kind in _STRUCTURED if getattr(outputs, kind) is not None]
     if len(given) != 1:
         raise RequestError(
             f"structured_outputs: exactly one of {', '.join(_STRUCTURED)} is needed, got {len(given)}",
@@ -79,8 +85,6 @@ def _from_structured_outputs(body: SamplingBody) -> list[tuple[Format, str]]:
         )
     [kind] = given
     param = f"structured_outputs.{kind}"
-    if kind not in _STRUCTURED:
-        raise RequestError(f"{param}: not supported; tool calls are bound by tool_choice", param=param)
     return [(_STRUCTURED[kind](getattr(outputs, kind), param), param)]
 
 

@@ -4,6 +4,7 @@ Both spellings in use are read: `{"structures": [{"begin", "schema", "end"}], "t
 with the types const_string, any_text, json_schema, regex, sequence, or, tag and triggered_tags.
 """
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
@@ -16,6 +17,11 @@ MAX_LEVELS: Final = 16
 
 def structural_tag_format(value: object, param: str) -> Format:
     """The grammar of a structural tag. Raises RequestError for one that is malformed or of an unknown type."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            raise RequestError(f"{param}: is not valid JSON", param=param) from None
     if not isinstance(value, Mapping):
         raise RequestError(f"{param}: must be an object", param=param)
     rules = _Rules(param)
