@@ -1,5 +1,7 @@
 """For operators, behind `enable_admin`: abort requests, forget cached prefixes, show the settings."""
 
+import re
+
 import msgspec
 from aiohttp import web
 
@@ -23,7 +25,7 @@ async def abort_requests(request: web.Request) -> web.Response:
     asked = None if body.request_ids is None else set(body.request_ids)
     aborted = []
     for generation in list(context.live):
-        names = {generation.name, generation.name.partition("-")[2]}
+        names = {generation.name, re.split("[-_]", generation.name, maxsplit=1)[-1]}
         if asked is None or asked & names:
             generation.abort(error)
             aborted.append(generation.name)

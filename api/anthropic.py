@@ -7,10 +7,14 @@ from api.anthropic_request import to_chat
 from api.anthropic_schema import CountBody, MessagesBody
 from api.body import decode
 from api.chat_request import chat_outputs, check_chat, prepare_chat, render
-from api.context import CONTEXT
+from api.context import CONTEXT, REQUEST_ID
+from api.errors import renamed_fields
 from api.jsonio import json_response
 from api.prompts import encode_rendered
 from api.respond import now, respond
+
+FIELD_NAMES = {"reasoning_effort": "output_config", "response_format": "output_config", "stop": "stop_sequences"}
+"""A chat's fields as callers of this API know them."""
 
 
 async def messages(request: web.Request) -> web.StreamResponse:
@@ -19,7 +23,8 @@ async def messages(request: web.Request) -> web.StreamResponse:
     arrived = now()
     body = decode(await request.read(), MessagesBody)
     with context.limiter.slot():
-        prepared = await prepare_chat(request, to_chat(body), id_prefix="msg")
+        with renamed_fields(FIELD_NAMES):
+            prepared = await prepare_chat(request, to_chat(body), response_id=f"msg_{request[REQUEST_ID]}")
         shape = MessagesShape(
             response_id=prepared.submission.response_id,
             model=prepared.model,
@@ -41,6 +46,7 @@ async def count_tokens(request: web.Request) -> web.Response:
     context = request.app[CONTEXT]
     chat = to_chat(decode(await request.read(), CountBody))
     context.model_of(chat.model)
-    check_chat(chat, context)
-    ids = await encode_rendered(context, render(chat, context), chat)
+    with renamed_fields(FIELD_NAMES):
+        check_chat(chat, context)
+        ids = await encode_rendered(context, render(chat, context), chat)
     return json_response({"input_tokens": len(ids)})

@@ -5,7 +5,7 @@ import logging
 from aiohttp import web
 from prometheus_client import CollectorRegistry
 
-from api import admin, anthropic, openai_chat, openai_completions, probes, tokenize
+from api import admin, anthropic, openai_chat, openai_completions, probes, responses, tokenize
 from api.auth import ApiKeys
 from api.backend import EngineClient
 from api.context import CONTEXT, Context
@@ -62,10 +62,14 @@ def add_routes(app: web.Application) -> None:
         ("/v1/models/{model:.+}", probes.model),
     ):
         router.add_get(path, probe)
+    router.add_get("/v1/responses/{response_id}", responses.get_response)
+    router.add_delete("/v1/responses/{response_id}", responses.delete_response)
     for path, handler in (
         ("/ping", probes.health),
         ("/v1/chat/completions", openai_chat.chat_completions),
         ("/v1/completions", openai_completions.completions),
+        ("/v1/responses", responses.responses),
+        ("/v1/responses/{response_id}/cancel", responses.cancel_response),
         ("/v1/messages", anthropic.messages),
         ("/v1/messages/count_tokens", anthropic.count_tokens),
         ("/v1/chat/completions/render", tokenize.render_chat_prompt),

@@ -10,12 +10,12 @@ from api.chat_messages import parse_messages
 from api.chat_mode import Mode, resolve_mode
 from api.chat_output import ChatOutput
 from api.constraints import chat_constraint, check_formats, format_text_of
-from api.context import CONTEXT, REQUEST_ID, Context
+from api.context import CONTEXT, Context
 from api.handoff import first_token_body, leg_of
 from api.prompts import encode_rendered
 from api.sampling import LogprobsWanted, check, check_logprobs, check_max_tokens, stop_strings
 from api.schema import ChatBody, NamedToolChoice
-from api.submission import Submission, build_submission, response_id, truncated
+from api.submission import Submission, build_submission, truncated
 from api.text_output import TextRules
 from runtime.errors import RequestError
 
@@ -34,7 +34,7 @@ class PreparedChat(msgspec.Struct, frozen=True, kw_only=True):
     """For the response."""
 
 
-async def prepare_chat(request: web.Request, body: ChatBody, *, id_prefix: str) -> PreparedChat:
+async def prepare_chat(request: web.Request, body: ChatBody, *, response_id: str) -> PreparedChat:
     """Check everything, then render and encode. Raises RequestError."""
     context = request.app[CONTEXT]
     model = context.model_of(body.model)
@@ -50,7 +50,7 @@ async def prepare_chat(request: web.Request, body: ChatBody, *, id_prefix: str) 
     submission = await build_submission(
         context,
         body,
-        response_id=response_id(id_prefix, body.request_id, request[REQUEST_ID]),
+        response_id=response_id,
         prompts=[truncated(ids, body, context.info.max_model_len)],
         prompt_param="messages",
         leg=leg,

@@ -11,6 +11,7 @@ from api.generation import Generation
 from api.grammar_request import GrammarPlanner
 from api.limiter import Limiter
 from api.metrics import ApiMetrics
+from api.response_store import ResponseStore
 from api.sampling import Limits
 from api.settings import ApiSettings
 from api.tokenizer import Tokenizer
@@ -26,6 +27,7 @@ class Context:
         self.settings = settings
         self.metrics = metrics
         self.grammars = GrammarPlanner(tokenizer)
+        self.store = ResponseStore(settings.response_store_entries, settings.response_store_bytes)
         self.live: set[Generation] = set()
         """What is generating now."""
         self.limiter = Limiter(settings.max_concurrent_requests)

@@ -5,10 +5,11 @@ from aiohttp import web
 from api.body import decode
 from api.chat_format import ChatResponse, ChatShape
 from api.chat_request import PreparedChat, chat_outputs, num_logprobs, prepare_chat
-from api.context import CONTEXT, Context
+from api.context import CONTEXT, REQUEST_ID, Context
 from api.logprobs import TokenNames
 from api.respond import now, respond
 from api.schema import ChatBody, NamedToolChoice
+from api.submission import response_id
 
 
 async def chat_completions(request: web.Request) -> web.StreamResponse:
@@ -17,7 +18,9 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
     arrived = now()
     body = decode(await request.read(), ChatBody)
     with context.limiter.slot():
-        prepared = await prepare_chat(request, body, id_prefix="chatcmpl")
+        prepared = await prepare_chat(
+            request, body, response_id=response_id("chatcmpl-", body.request_id, request[REQUEST_ID])
+        )
         shape = chat_shape(prepared, context)
         return await respond(
             request,

@@ -47,7 +47,7 @@ async def answer(request: web.Request, body: CompletionBody, arrived: float) -> 
     submission = await build_submission(
         context,
         body,
-        response_id=response_id("cmpl", body.request_id, request[REQUEST_ID]),
+        response_id=response_id("cmpl-", body.request_id, request[REQUEST_ID]),
         prompts=texts_or_ids,
         prompt_param="prompt",
         leg=leg,

@@ -33,6 +33,7 @@ class Reader:
         arrived: float,
     ) -> None:
         self.generation = generation
+        self.unix_time = context.unix_time
         self.usage = Usage(submission.num_prompt_tokens, submission.choices_per_prompt)
         self._clock = asyncio.get_running_loop().time
         self._prompt_lengths = [len(submit.prompt_ids) for submit in submission.submits]

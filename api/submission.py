@@ -28,7 +28,7 @@ class Submission(msgspec.Struct, frozen=True, kw_only=True):
 def response_id(prefix: str, asked: str | None, header: str) -> str:
     """`chatcmpl-<id>`, where the id is the one of the body, else the one of the request."""
     base = asked or header
-    return base if base.startswith(f"{prefix}-") else f"{prefix}-{base}"
+    return base if base.startswith(prefix) else prefix + base
 
 
 def truncated(ids: Sequence[int], body: SamplingBody, max_model_len: int) -> tuple[int, ...]:

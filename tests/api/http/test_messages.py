@@ -206,7 +206,7 @@ async def test_tokens_are_counted_as_they_are_generated_from(server: Server, cli
         ),
         ({"thinking": {"type": "enabled", "budget_tokens": 10}}, 400, "invalid_request_error", "budget_tokens"),
         ({"tool_choice": {"type": "tool"}}, 400, "invalid_request_error", "tool_choice"),
-        ({"output_config": {"effort": "turbo"}}, 400, "invalid_request_error", "reasoning_effort"),
+        ({"output_config": {"effort": "turbo"}}, 400, "invalid_request_error", "output_config"),
         ({"temperature": -1}, 400, "invalid_request_error", "temperature"),
         ({"tools": [{"name": "a b", "input_schema": {}}]}, 400, "invalid_request_error", "tools.0"),
     ],

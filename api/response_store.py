@@ -1,0 +1,60 @@
+"""Responses kept for a follow-up: bounded in number and in bytes, the oldest forgotten first."""
+
+from collections import OrderedDict
+from typing import Any
+
+import msgspec
+import orjson
+
+
+class StoredResponse(msgspec.Struct, frozen=True):
+    """A finished response, and the conversation that it ends, instructions left out. Both as JSON."""
+
+    response: bytes
+    conversation: bytes
+
+    @property
+    def num_bytes(self) -> int:
+        return len(self.response) + len(self.conversation)
+
+    def messages(self) -> list[dict[str, Any]]:
+        messages: list[dict[str, Any]] = orjson.loads(self.conversation)
+        return messages
+
+
+class ResponseStore:
+    """In memory: a restart forgets everything, and each API process has its own."""
+
+    def __init__(self, max_entries: int, max_bytes: int) -> None:
+        self._max_entries = max_entries
+        self._max_bytes = max_bytes
+        self._entries: OrderedDict[str, StoredResponse] = OrderedDict()
+        self.num_bytes = 0
+
+    @property
+    def is_enabled(self) -> bool:
+        return self._max_entries > 0
+
+    def put(self, response_id: str, response: dict[str, Any], conversation: list[dict[str, Any]]) -> None:
+        """Keep a response, unless it alone is larger than the store."""
+        entry = StoredResponse(orjson.dumps(response), orjson.dumps(conversation))
+        self.delete(response_id)
+        if entry.num_bytes > self._max_bytes or not self.is_enabled:
+            return
+        self._entries[response_id] = entry
+        self.num_bytes += entry.num_bytes
+        while self.num_bytes > self._max_bytes or len(self._entries) > self._max_entries:
+            self.delete(next(iter(self._entries)))
+
+    def get(self, response_id: str) -> StoredResponse | None:
+        return self._entries.get(response_id)
+
+    def delete(self, response_id: str) -> bool:
+        """Whether there was such a response."""
+        entry = self._entries.pop(response_id, None)
+        if entry is not None:
+            self.num_bytes -= entry.num_bytes
+        return entry is not None
+
+    def __len__(self) -> int:
+        return len(self._entries)

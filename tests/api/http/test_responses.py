@@ -1,0 +1,256 @@
+"""OpenAI's Responses API: its vectors, its memory, its errors, and the official client."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+from pydantic import BaseModel
+
+from api.response_store import ResponseStore
+from api.settings import ApiSettings
+from runtime.requests import RequestFailed
+from tests.api.http.conftest import Server
+from tests.api.http.events import parse_events
+from tests.api.http.test_chat import WEATHER, calls
+
+PATH = "/v1/responses"
+VECTORS = json.loads((Path(__file__).parents[1] / "vectors" / "api-responses.json").read_text())["vectors"]
+REQUESTS = [vector for vector in VECTORS if "/request/" in vector["name"]]
+OUTPUTS = [vector for vector in VECTORS if "/output/" in vector["name"]]
+TOOLS: list[Any] = [
+    {
+        "type": "function",
+        "name": "get_weather",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}, "days": {"type": "integer"}}},
+    }
+]
+
+
+def prompt_of(server: Server, index: int = -1) -> str:
+    return server.engine.tokenizer.decode(server.engine.submitted[index].prompt_ids, skip_special=False)
+
+
+@pytest.mark.parametrize("vector", REQUESTS, ids=[vector["name"] for vector in REQUESTS])
+async def test_request_vectors(serve: Any, vector: dict[str, Any]) -> None:
+    server = await serve(ApiSettings(reasoning_effort_profile="0731"))
+    response = await server.post(PATH, vector["input"])
+    answer = await response.json()
+    if "error" in vector["expected"]:
+        assert response.status == 400
+        assert answer["error"]["param"] == "reasoning"
+        return
+    assert response.status == 200, answer
+    assert prompt_of(server) == vector["expected"]["prompt"]
+    if vector["expected"]["max_tokens"] is not None:
+        assert server.engine.submitted[0].sampling.max_tokens == vector["expected"]["max_tokens"]
+
+
+def anonymous(value: Any, response_id: str) -> Any:
+    """Ids, times and counts replaced by what the vectors have in their place."""
+    if isinstance(value, list):
+        return [anonymous(item, response_id) for item in value]
+    if not isinstance(value, dict):
+        return value.replace(response_id, "ID").replace("resp_", "") if isinstance(value, str) else value
+    result = {key: anonymous(item, response_id) for key, item in value.items() if key != "sequence_number"}
+    for key, stand_in in (("created_at", 0), ("completed_at", 0), ("call_id", "call"), ("usage", "usage")):
+        if result.get(key) is not None:
+            result[key] = stand_in
+    for key in ("tools", "tool_choice", "model"):
+        if key in result:
+            result[key] = "caller's"
+    if "effort" in result:
+        result["effort"] = None
+    return result
+
+
+def joined(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Neighbouring deltas of one kind joined."""
+    result: list[dict[str, Any]] = []
+    for event in events:
+        if result and event["type"].endswith(".delta") and result[-1]["type"] == event["type"]:
+            result[-1] = {**result[-1], "delta": result[-1]["delta"] + event["delta"]}
+        else:
+            result.append(event)
+    return result
+
+
+@pytest.mark.parametrize("tokens_per_step", [1, 4, 1000])
+@pytest.mark.parametrize("vector", OUTPUTS, ids=[vector["name"] for vector in OUTPUTS])
+async def test_output_vectors(serve: Any, vector: dict[str, Any], tokens_per_step: int) -> None:
+    server = await serve(tokens_per_step=tokens_per_step)
+    server.engine.cached_tokens = 2
+    text = "".join(vector["input"]["chunks"])
+    effort = {"reasoning": {"effort": "high" if vector["input"]["thinking"] else "none"}}
+    body = {"input": "hi", "store": False, "tools": [{"type": "function", "name": "f"}], **effort}
+    server.engine.script(text)
+    frames = parse_events(await (await server.post(PATH, {**body, "stream": True})).read())
+    events = [json.loads(data) for _, data in frames]
+    assert [name for name, _ in frames] == [event["type"] for event in events]
+    assert [event["sequence_number"] for event in events] == list(range(len(events)))
+    response_id = events[0]["response"]["id"].removeprefix("resp_")
+    expected = [event["data"] for event in vector["expected"]["events"]]
+    assert joined(anonymous(events, response_id)) == joined(anonymous(expected, "ID"))
+    server.engine.script(text)
+    whole = await server.post_json(PATH, body)
+    response_id = whole["id"].removeprefix("resp_")
+    assert anonymous(whole, response_id) == anonymous(vector["expected"]["response"], "ID")
+    prompt, completion = len(server.engine.submitted[0].prompt_ids), len(server.engine.tokenizer.encode(text)) + 1
+    assert whole["usage"] == {
+        "input_tokens": prompt,
+        "input_tokens_details": {"cached_tokens": 2},
+        "output_tokens": completion,
+        "output_tokens_details": {"reasoning_tokens": vector["input"]["thinking"] * 1},
+        "total_tokens": prompt + completion,
+    }
+
+
+@pytest.fixture
+async def client(server: Server) -> AsyncIterator[openai.AsyncOpenAI]:
+    async with openai.AsyncOpenAI(base_url=f"{server.base_url}/v1", api_key="EMPTY", max_retries=0) as client:
+        yield client
+
+
+async def test_the_official_client_streams(server: Server, client: openai.AsyncOpenAI) -> None:
+    server.engine.script("Thought.</think>Answer.")
+    async with client.responses.stream(model="tiny", input="hi") as stream:
+        deltas = [event.delta async for event in stream if event.type == "response.output_text.delta"]
+        final = await stream.get_final_response()
+    assert "".join(deltas) == final.output_text == "Answer."
+    assert [item.type for item in final.output] == ["reasoning", "message"]
+
+
+async def test_the_official_client_parses_into_its_types(server: Server, client: openai.AsyncOpenAI) -> None:
+    class Point(BaseModel):
+        x: int
+
+    server.engine.script('T</think>{"x": 1}')
+    answer = await client.responses.parse(model="tiny", input="hi", text_format=Point)
+    assert answer.output_parsed == Point(x=1)
+    assert server.engine.submitted[0].sampling.constraint is not None
+
+
+async def test_a_tool_conversation_goes_round_by_id(server: Server, client: openai.AsyncOpenAI) -> None:
+    server.engine.script("T</think>Let me see." + calls(WEATHER))
+    first = await client.responses.create(model="tiny", input="hi", tools=TOOLS, instructions="Be kind.")
+    call = first.output[-1]
+    assert call.type == "function_call"
+    assert (call.name, json.loads(call.arguments)) == ("get_weather", {"city": "Paris", "days": 3})
+    server.engine.script("D</think>It is sunny.")
+    result: Any = [{"type": "function_call_output", "call_id": call.call_id, "output": "sunny"}]
+    second = await client.responses.create(model="tiny", input=result, tools=TOOLS, previous_response_id=first.id)
+    assert second.output_text == "It is sunny."
+    prompt = prompt_of(server)
+    assert "hi<｜Assistant｜><think>T</think>Let me see." + calls(WEATHER) in prompt
+    assert "<tool_result>sunny</tool_result>" in prompt
+    assert "Be kind." not in prompt
+    server.engine.script("</think>Bye.")
+    third = await client.responses.create(model="tiny", input="bye", previous_response_id=second.id)
+    assert third.previous_response_id == second.id
+    assert "It is sunny." in prompt_of(server)
+
+
+async def test_the_same_conversation_goes_round_by_items(server: Server, client: openai.AsyncOpenAI) -> None:
+    server.engine.script("T</think>" + calls(WEATHER))
+    items: list[Any] = [{"role": "user", "content": [{"type": "input_text", "text": "hi"}]}]
+    first = await client.responses.create(model="tiny", input=items, tools=TOOLS, store=False)
+    items += [item.model_dump() for item in first.output]
+    items.append({"type": "function_call_output", "call_id": items[-1]["call_id"], "output": "sunny"})
+    server.engine.script("D</think>ok")
+    await client.responses.create(model="tiny", input=items, tools=TOOLS, store=False)
+    assert "<think>T</think>" + calls(WEATHER) in prompt_of(server)
+    with pytest.raises(openai.NotFoundError):
+        await client.responses.retrieve(first.id)
+
+
+async def test_stored_responses_can_be_read_and_deleted(server: Server, client: openai.AsyncOpenAI) -> None:
+    server.engine.script("</think>A")
+    first = await client.responses.create(model="tiny", input="hi")
+    assert (await client.responses.retrieve(first.id)).output_text == "A"
+    assert (await client.responses.cancel(first.id)).id == first.id
+    await client.responses.delete(first.id)
+    for call in (client.responses.retrieve, client.responses.delete, client.responses.cancel):
+        with pytest.raises(openai.NotFoundError):
+            await call(first.id)
+    with pytest.raises(openai.NotFoundError) as caught:
+        await client.responses.create(model="tiny", input="hi", previous_response_id=first.id)
+    assert caught.value.param == "previous_response_id"
+
+
+async def test_a_running_response_can_be_cancelled(serve: Any) -> None:
+    server = await serve(step_s=0.02)
+    response = await server.session.post(server.base_url + PATH, json={"input": "hi", "stream": True})
+    first = json.loads((await response.content.readuntil(b"\n\n")).split(b"data: ")[1])
+    answer = await server.post_json(f"{PATH}/{first['response']['id']}/cancel", {})
+    assert answer["status"] == "cancelled"
+    rest = await asyncio.wait_for(response.read(), 5)
+    assert b"response.failed" in rest
+    assert server.engine.num_running == 0
+
+
+async def test_what_is_cut_by_length_is_incomplete(server: Server) -> None:
+    server.engine.script("</think>abcdef")
+    answer = await server.post_json(PATH, {"input": "hi", "max_output_tokens": 4})
+    assert answer["status"] == "incomplete"
+    assert answer["incomplete_details"] == {"reason": "max_output_tokens"}
+    assert answer["output"][-1]["status"] == "incomplete"
+    assert answer["output"][-1]["content"][0]["text"] == "abc"
+
+
+async def test_a_failure_in_the_middle_is_an_event(server: Server) -> None:
+    server.engine.fail_next = RequestFailed(request_id="", kind="internal", message="x")
+    server.engine.fail_after = 2
+    frames = parse_events(await (await server.post(PATH, {"input": "hi", "stream": True})).read())
+    name, data = frames[-1]
+    assert name == "response.failed"
+    assert json.loads(data)["response"]["error"]["code"] == "server_error"
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"input": None}, "input"),
+        ({"input": []}, "input"),
+        ({"input": 5}, "input"),
+        ({"input": [{"role": "king", "content": "x"}]}, "input"),
+        ({"input": [{"role": "user", "content": 5}]}, "input"),
+        ({"input": [{"type": "item_reference", "id": "x"}]}, "input"),
+        ({"input": [{"type": "function_call_output", "call_id": "x"}]}, "input"),
+        ({"input": [{"role": "assistant"}]}, "input"),
+        ({"input": [{"type": "reasoning", "content": 5}, {"role": "user", "content": "x"}]}, "input"),
+        ({"max_output_tokens": 0}, "max_output_tokens"),
+        ({"text": {"format": {"type": "json_schema", "name": "n", "schema": {"type": 5}}}}, "text"),
+        ({"text": {"format": {"type": "yaml"}}}, "text"),
+        ({"tools": [{"type": "web_search"}]}, "tools"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"background": True}, "background"),
+        ({"temperature": "hot"}, "temperature"),
+    ],
+)
+async def test_a_wrong_field_is_named(server: Server, fields: dict[str, Any], param: str) -> None:
+    answer = await server.post_json(PATH, {"input": "hi", **fields}, status=400)
+    assert answer["error"]["param"] == param, answer
+    assert server.engine.submitted == []
+
+
+def test_the_store_is_bounded_in_number_and_bytes() -> None:
+    store = ResponseStore(max_entries=3, max_bytes=2000)
+    for number in range(5):
+        store.put(str(number), {"text": "x" * 100}, [])
+    assert [store.get(str(number)) is not None for number in range(5)] == [False, False, True, True, True]
+    store.put("big", {"text": "x" * 5000}, [])
+    assert store.get("big") is None
+    assert len(store) == 3
+    store.put("large", {"text": "x" * 1950}, [])
+    assert len(store) == 1
+    assert store.num_bytes <= 2000
+    store.put("large", {}, [])
+    assert store.delete("large")
+    assert not store.delete("large")
+    assert store.num_bytes == 0
+    disabled = ResponseStore(max_entries=0, max_bytes=100)
+    disabled.put("a", {}, [])
+    assert len(disabled) == 0
