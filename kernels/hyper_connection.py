@@ -94,6 +94,11 @@ def _project(streams: Tensor, fn: Tensor, eps: float) -> Tensor:
     return row_linear(v, fn).mul_(inverse_rms(v, eps))
 
 
+def _sigmoid(x: Tensor) -> Tensor:
+    # torch's own rounds differently in the last few elements of a buffer than in the rest, its exp does not.
+    return x.neg().exp_().add_(1.0).reciprocal_()
+
+
 def _weighted_sum(weights_TS: Tensor, streams: Tensor) -> Tensor:
     return torch.bmm(weights_TS[:, None], streams.float())[:, 0].to(streams.dtype)
 
@@ -104,8 +109,8 @@ def hyper_pre_ref(
     """-> (normed sublayer input [T, D] activation dtype, how to write back)."""
     num = streams.shape[1]
     mix = torch.addcmul(weights.base, _project(streams, weights.fn, settings.norm_eps), weights.scale)
-    pre = mix[:, :num].sigmoid() + settings.hc_eps
-    post = 2 * mix[:, num : 2 * num].sigmoid()
+    gates = _sigmoid(mix[:, : 2 * num])
+    pre, post = gates[:, :num] + settings.hc_eps, 2 * gates[:, num:]
     comb = sinkhorn(mix[:, 2 * num :].unflatten(1, (num, num)), settings.iterations, settings.hc_eps)
     return rms_norm_ref(_weighted_sum(pre, streams), norm_weight, settings.norm_eps), Mix(post, comb)
 
@@ -119,7 +124,7 @@ def hyper_post_ref(output: Tensor, streams: Tensor, mix: Mix) -> Tensor:
 def hyper_head_ref(streams: Tensor, weights: HyperWeights, settings: HyperSettings) -> Tensor:
     """Collapses the streams before the final norm: fn [S, S D], base [S], scale [1] -> [T, D] activation dtype."""
     mix = _project(streams, weights.fn, settings.norm_eps) * weights.scale + weights.base
-    return _weighted_sum(mix.sigmoid() + settings.hc_eps, streams)
+    return _weighted_sum(_sigmoid(mix) + settings.hc_eps, streams)
 
 
 def hyper_pre(

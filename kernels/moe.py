@@ -87,7 +87,7 @@ def routed_experts_ref(
         hidden = simulate_fp8(hidden, ACTIVATION_BLOCK)
     outputs = x_TD.new_zeros(num_tokens * topk, x_TD.shape[1], dtype=torch.float32)
     outputs[mine] = _by_expert(hidden, counts, local.w2, local.w2_scale).float()
-    return outputs.view(num_tokens, topk, -1).sum(1)
+    return outputs.unflatten(0, (num_tokens, topk)).sum(1)
 
 
 def _by_expert(rows: Tensor, counts: list[int], weight: Tensor, scale: Tensor | None) -> Tensor:

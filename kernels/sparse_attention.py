@@ -106,7 +106,9 @@ def _attend(q_THD: Tensor, keys_TSD: Tensor, absent_TS: Tensor, sink_H: Tensor, 
     logits = torch.bmm(q_THD.float(), keys_TSD.mT).mul_(scale).masked_fill_(absent_TS[:, None], -torch.inf)
     top = torch.maximum(logits.amax(-1), sink_H)[..., None]
     weights = (logits - top).exp_()
-    total = weights.sum(-1, keepdim=True) + (sink_H[:, None] - top).exp_()
+    # Summed as a product: torch's own sum groups terms by the length of the list, which absent keys must not change.
+    ones = weights.new_ones(weights.shape[-1], KEY_MULTIPLE)
+    total = (weights.flatten(0, 1) @ ones)[:, :1].view_as(top) + (sink_H[:, None] - top).exp_()
     probabilities = (weights / total).to(q_THD.dtype).float()
     return torch.bmm(probabilities, keys_TSD).to(q_THD.dtype)
 

@@ -61,7 +61,7 @@ class Checkpoint:
         if not isinstance(weight_map, dict) or not weight_map:
             raise CheckpointError(f"{path}: weight_map is missing or empty")
         for name, shard in weight_map.items():
-            if not isinstance(shard, str) or Path(shard).name != shard:
+            if not isinstance(shard, str) or not shard or Path(shard).name != shard:
                 raise CheckpointError(f"{path}: weight_map: {name}: {shard!r} is not a file name in the directory")
         return weight_map
 
