@@ -1,9 +1,8 @@
 """The router's HTTP surface on aiohttp: every route, and the way from an aiohttp request to the dispatcher."""
 
 import asyncio
+import contextlib
 import logging
-import secrets
-import time
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
@@ -12,10 +11,9 @@ from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from router.errors import error_answer
+from router.generation import GENERATING, generate, request_id_of
 from router.nodes import Role
-from router.request import Request
 from router.sink import ClientGone, Headers
-from runtime import logging as request_logging
 from runtime.errors import TandemError
 
 if TYPE_CHECKING:
@@ -23,10 +21,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-GENERATING = frozenset(
-    ("/v1/chat/completions", "/v1/completions", "/v1/messages", "/v1/responses", "/inference/v1/generate")
-)
-"""POST routes that make tokens: dispatched on two legs."""
 PASSED_ON = (
     "/tokenize",
     "/detokenize",
@@ -47,6 +41,10 @@ class AiohttpSink:
         self._headers = headers
         self._stall_s = stall_s
         self.response: web.StreamResponse | None = None
+
+    @property
+    def status(self) -> int:
+        return 0 if self.response is None else self.response.status
 
     @property
     def started(self) -> bool:
@@ -102,47 +100,35 @@ def build_app(service: "RouterService") -> web.Application:
     return app
 
 
-def request_id_of(given: str | None) -> str:
-    """The client's own id if it is fit for a header and a log line, else a new one."""
-    if given and len(given) <= 256 and given.isascii() and given.isprintable():
-        return given
-    return secrets.token_hex(16)
-
-
 def _generating(service: "RouterService") -> Handler:
-    async def handle(http_request: web.Request) -> web.StreamResponse:
-        path = http_request.path
-        request_id = request_id_of(http_request.headers.get("X-Request-Id"))
-        request_logging.request_id.set(request_id)
-        sink = AiohttpSink(http_request, [("X-Request-Id", request_id)], service.config.server.write_stall_s)
-        started = time.monotonic()
-        try:
-            with service.admit():
-                raw = await http_request.read()
-                headers = {name.lower(): value for name, value in http_request.headers.items()}
-                request = Request(
-                    http_request.path_qs, headers, raw, request_id, max_choices=service.config.requests.max_choices
-                )
-                await service.dispatcher.serve(request, sink)
-        except TandemError as error:
-            await sink.answer(*error_answer(error, path))
-        except (ClientGone, asyncio.CancelledError) as gone:
-            service.metrics.disconnects.inc()
-            if isinstance(gone, asyncio.CancelledError):
-                raise
-            assert sink.response is not None
+    async def handle(request: web.Request) -> web.StreamResponse:
+        request_id = request_id_of(request.headers.get("X-Request-Id"))
+        sink = AiohttpSink(request, [("X-Request-Id", request_id)], service.config.server.write_stall_s)
+        raw = await request.read()
+        headers = _plain_headers(request)
+        raw_query = request.rel_url.raw_query_string
+        query = f"?{raw_query}" if raw_query else ""
+        # A client that left: aiohttp notices by itself that nobody is there for what is returned.
+        with contextlib.suppress(ClientGone):
+            await generate(service, request.path, query, headers, raw, request_id, sink)
         assert sink.response is not None
-        service.metrics.answered(path, sink.response.status)
-        service.metrics.seconds.observe(time.monotonic() - started)
         return sink.response
 
     return handle
 
 
+def _plain_headers(request: web.Request) -> dict[str, str]:
+    """Names in lower case; values as the bytes that came, each a character."""
+    return {
+        name.lower(): value.encode("utf-8", "surrogateescape").decode("latin-1")
+        for name, value in request.headers.items()
+    }
+
+
 def _passing(service: "RouterService") -> Handler:
     async def handle(request: web.Request) -> web.StreamResponse:
         body = await request.read()
-        headers = {name.lower(): value for name, value in request.headers.items()}
+        headers = _plain_headers(request)
         answer = await service.any_node.ask(request.method, request.path_qs, headers, body)
         content_type = answer.head.get(b"content-type") or b"application/json"
         return web.Response(

@@ -13,6 +13,7 @@ from router.app import build_app
 from router.cluster_service import start_cluster_server
 from router.config import RouterConfig
 from router.dispatch import Dispatcher
+from router.front import Front
 from router.health import Canary, Proofs
 from router.legs import LegFactory
 from router.metrics import ClusterCollector, RouterMetrics
@@ -100,8 +101,13 @@ class RouterService:
             shutdown_timeout=0.0,
         )
         await runner.setup()
+        assert runner.server is not None
+        front = Front(self, runner.server)
         async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(self.upstream.run(), name="upstream deadlines")]
+            tasks = [
+                group.create_task(self.upstream.run(), name="upstream deadlines"),
+                group.create_task(front.run(), name="idle clients"),
+            ]
             cluster = None
             try:
                 if self.config.cluster.port is not None:
@@ -112,7 +118,7 @@ class RouterService:
                     tasks.append(group.create_task(self.canary.run(), name="canary"))
                 if self.static_nodes is not None:
                     tasks.append(group.create_task(self.static_nodes.run(), name="static nodes"))
-                server = await self._listen(runner)
+                server = await self._listen(front)
                 log.info(
                     "router %s: http on %s:%d, nodes on %s",
                     self.router_id,
@@ -124,8 +130,10 @@ class RouterService:
                 await stopping.wait()
                 self.stopping = True
                 server.close()
+                front.close_idle()
                 await self._drain()
             finally:
+                await front.close()
                 await runner.cleanup()
                 if cluster is not None:
                     await cluster.stop(grace=0.5)
@@ -146,12 +154,11 @@ class RouterService:
                 probes.append((node.url, probe))
         return StaticNodes(config, self.registry, probes, self.clock) if probes else None
 
-    async def _listen(self, runner: web.AppRunner) -> asyncio.Server:
+    async def _listen(self, front: Front) -> asyncio.Server:
         config = self.config.server
-        assert runner.server is not None
         loop = asyncio.get_running_loop()
         try:
-            server = await loop.create_server(runner.server, config.host, config.port, backlog=1024)
+            server = await loop.create_server(front, config.host, config.port, backlog=1024)
         except OSError as error:
             raise ConfigError(f"server: cannot listen on {config.host}:{config.port}: {error.strerror}") from None
         self.port = server.sockets[0].getsockname()[1]

@@ -13,8 +13,14 @@ class Sink(Protocol):
     """The response to one client. Every method raises ClientGone once the client is gone."""
 
     @property
+    def status(self) -> int:
+        """The status that was, or is about to be, sent; 0 before."""
+        ...
+
+    @property
     def started(self) -> bool:
         """Whether the status line is out: from then on an error can only be an event in the stream."""
+        ...
 
     async def answer(self, status: int, headers: Headers, body: bytes) -> None:
         """A whole response at once."""
