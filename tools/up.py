@@ -117,7 +117,7 @@ async def wait_until_proven(url: str, deadline_s: float) -> None:
 
 @contextlib.asynccontextmanager
 async def cluster(config: ClusterConfig, directory: Path) -> AsyncIterator[list[Program]]:
-    """The cluster's processes, started and, on the way out, stopped in the same order: the router first stops taking work."""
+    """The cluster's processes, started; on the way out stopped in the same order, the router before its nodes."""
     width = max(len(process.name) for process in config.processes)
     programs = [Program(process, directory, width) for process in config.processes]
     try:
