@@ -6,6 +6,7 @@ and the transfer becomes the engine's connector.
 
 import logging
 import os
+from pathlib import Path
 from typing import Literal
 
 import msgspec
@@ -44,6 +45,7 @@ def _serve(channel: EngineChannel, rank: int, spec: WorkerSpec) -> None:
     # The transfer engine reads its environment when it is imported, and torch takes a second: both only in here.
     import torch
 
+    from api.grammar_matcher import GrammarMatchers
     from engine.engine import Engine
     from engine.loader import load_rank
     from engine.worker import run_worker
@@ -65,6 +67,7 @@ def _serve(channel: EngineChannel, rank: int, spec: WorkerSpec) -> None:
         slot_bytes=loaded.layout.slot_bytes,
         page_tokens=loaded.layout.page_tokens,
     )
+    grammars = GrammarMatchers(Path(spec.config.engine.model))
     transfer: TransferAgent | None = None
     if spec.role != "standalone":
         transfer = TransferAgent(
@@ -82,6 +85,7 @@ def _serve(channel: EngineChannel, rank: int, spec: WorkerSpec) -> None:
             loaded.shape,
             loaded.forward,
             connector=Bridge(transfer) if transfer is not None else None,
+            constraints=grammars,
             device=loaded.device,
             rank=rank,
             handoff_address=transfer.address if transfer is not None else "",
@@ -98,5 +102,6 @@ def _serve(channel: EngineChannel, rank: int, spec: WorkerSpec) -> None:
         )
         run_worker(engine, channel, ready)
     finally:
+        grammars.close()
         if transfer is not None:
             transfer.stop(spec.config.transfer.stop_grace_s)
