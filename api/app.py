@@ -5,7 +5,7 @@ import logging
 from aiohttp import web
 from prometheus_client import CollectorRegistry
 
-from api import admin, anthropic, openai_chat, openai_completions, probes, responses, tokenize
+from api import admin, anthropic, openai_chat, openai_completions, openapi, probes, responses, tokenize
 from api.auth import ApiKeys
 from api.backend import EngineClient
 from api.context import CONTEXT, Context
@@ -58,6 +58,7 @@ def add_routes(app: web.Application) -> None:
         ("/version", probes.version),
         ("/metrics", probes.metrics),
         ("/load", probes.load),
+        ("/openapi.json", openapi.openapi),
         ("/v1/models", probes.models),
         ("/v1/models/{model:.+}", probes.model),
     ):

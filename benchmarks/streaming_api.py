@@ -44,16 +44,16 @@ def cores() -> tuple[set[int], set[int]]:
     return {usable[0]}, set(usable[1:]) or {usable[0]}
 
 
-def serve(address_of: Connection, period_s: float) -> None:
+def serve(address_of: Connection, period_s: float, max_model_len: int = MAX_MODEL_LEN) -> None:
     """The API process: tells its port, serves until its parent goes."""
-    uvloop.run(_serve(address_of, period_s))
+    uvloop.run(_serve(address_of, period_s, max_model_len))
 
 
-async def _serve(address_of: Connection, period_s: float) -> None:
+async def _serve(address_of: Connection, period_s: float, max_model_len: int) -> None:
     tokenizer = timing_tokenizer()
     first_time_id = tokenizer.token_id("0000")
     assert first_time_id is not None
-    info = EngineInfo(model_id="paced", max_model_len=MAX_MODEL_LEN, vocab_size=tokenizer.vocab_size, role="standalone")
+    info = EngineInfo(model_id="paced", max_model_len=max_model_len, vocab_size=tokenizer.vocab_size, role="standalone")
     api_cores, other_cores = cores()
     with tempfile.TemporaryDirectory(prefix="tandem-bench-") as directory:
         engine = EngineProcess("paced", ChannelAddress(directory, 0), run, Pace(period_s, first_time_id))
