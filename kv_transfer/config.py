@@ -78,8 +78,9 @@ class TransferConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """Checksums: of nothing, of the slot and one page in eight, of everything."""
     window: int = 64
     """Reads in flight per engine."""
-    max_read_bytes: int = 1 << 20
-    """Neighbouring pages are read together up to this size; larger records are read in parts."""
+    max_read_bytes: int | Literal["auto"] = "auto"
+    """Neighbouring pages are read together up to this size; larger records are read in parts. "auto": 512 KiB over TCP,
+    where every connection carries one read at a time, 16 MiB over transports that divide a read themselves."""
     lanes_per_peer: int = 8
     """TCP connections per peer."""
     max_quarantine_pages: int = 4096
@@ -90,6 +91,13 @@ class TransferConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """How long a stopping agent waits for reads in flight."""
     tls: TlsConfig | None = None
     """Mutual TLS of the hand-off service. Mooncake's own ports have no authentication in any case."""
+
+    @property
+    def read_bytes_limit(self) -> int:
+        """`max_read_bytes`, resolved."""
+        if self.max_read_bytes == "auto":
+            return 1 << 19 if self.transport == "tcp" else 16 << 20
+        return self.max_read_bytes
 
     def __post_init__(self) -> None:
         low, high = self.port_range
@@ -116,7 +124,7 @@ class TransferConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
                 raise ValueError(f"{name}={getattr(self, name)} must be positive")
         if not 1 <= self.window <= 1024:
             raise ValueError(f"window={self.window}: Mooncake's queue per peer holds no more than 1024 reads")
-        if self.max_read_bytes < 1 << 16:
+        if self.max_read_bytes != "auto" and self.max_read_bytes < 1 << 16:
             raise ValueError(f"max_read_bytes={self.max_read_bytes}: reads under 64 KiB are slow")
         if not 1 <= self.lanes_per_peer <= 16:
             raise ValueError(f"lanes_per_peer={self.lanes_per_peer} is not in 1..16")

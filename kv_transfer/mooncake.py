@@ -192,6 +192,11 @@ class MooncakeEngine:
         # -2 says that the engine's own patience ended, not that the read did: the id stays pending.
         return ReadState.PENDING if status in (0, -2) else ReadState.FAILED
 
+    @property
+    def raw(self) -> Any:
+        """Mooncake's own object, for measurements."""
+        return self._engine
+
     def close(self) -> None:
         """Destroy the engine: no read into our memory, and none from it, goes on afterwards. About a second."""
         self._engine = None

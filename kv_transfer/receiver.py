@@ -343,7 +343,7 @@ class Receiver:
         if action.with_slot:
             assert receive.ready is not None
             pieces += plan_records(self._slots, (receive.slot,), peer.slots, (receive.ready.slot,))
-        pieces = merge_and_split(pieces, self._config.max_read_bytes)
+        pieces = merge_and_split(pieces, self._config.read_bytes_limit)
         group = ReadGroup(peer.session_id, pieces, lambda group: self._reads_ended(receive, group))
         receive.groups.add(group)
         receive.progress_at = self._clock()

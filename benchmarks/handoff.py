@@ -1,0 +1,247 @@
+"""What a hand-off costs: states of DeepSeek-V4-Flash's sizes from one process to another over Mooncake TCP.
+
+    python -m benchmarks.handoff [--rounds 15] [--tokens 1024 8192 65536] [--set max_read_bytes=1048576 ...]
+
+A hand-off is timed from the claim to the event that gives pages and slot to the engine: messages, reads, lease checks
+and all. It is compared with the transfer engine alone reading the same number of bytes as one contiguous buffer, by the
+best of three ways (one blocking call; one read, polled; cut into pieces that all connections share), alternating with
+the hand-offs in the same run on the same machine; the ratio of rates is the median over the rounds, so that a machine
+that is slower for a while is slower for both. "scattered" pages lie in random order on both sides, "in order"
+they are neighbours. Columns are medians; the limit for the ratio is 0.9.
+"""
+
+import argparse
+import json
+import random
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from kv_transfer.agent import TransferAgent
+from kv_transfer.agent_events import AgentEvent, Received, ReceiveFailed, SendEnded
+from kv_transfer.config import TransferConfig
+from kv_transfer.format import StateFormat
+from kv_transfer.mooncake import MooncakeEngine, ReadState
+from kv_transfer.pieces import Piece, merge_and_split
+from kv_transfer.regions import MemoryRegion
+from model.presets import PRESETS
+from model.state_layout import build_state_layout
+
+LIMIT = 0.9
+NAP_S = 0.0003
+
+
+class Rank:
+    """One side: pools of Flash's sizes, an agent, and a bare engine over the same memory for the comparison."""
+
+    def __init__(self, config: TransferConfig, num_pages: int) -> None:
+        layout = build_state_layout(PRESETS["flash"](), row_format="fp8", index_format="mxfp4")
+        self.format = StateFormat(
+            model_fingerprint="flash",
+            layout=msgspec.to_builtins(layout),
+            page_bytes=layout.page_bytes,
+            slot_bytes=layout.slot_bytes,
+            page_tokens=layout.page_tokens,
+        )
+        # One slot's worth more than the pages, so that a whole state is also one contiguous buffer.
+        self._memory = np.full(num_pages * layout.page_bytes + 2 * layout.slot_bytes, 7, dtype=np.uint8)
+        base = self._memory.ctypes.data
+        self.pages = MemoryRegion(base, layout.page_bytes, num_pages)
+        self.slots = MemoryRegion(base + self.pages.num_bytes, layout.slot_bytes, 2)
+        self._event = threading.Event()
+        self.agent = TransferAgent(
+            config, self.format, pages=self.pages, slots=self.slots, rank=0, wake=self._event.set
+        )
+        self.agent.start()
+        self.bare = MooncakeEngine(config, (MemoryRegion(base, self._memory.nbytes, 1),))
+        self.base_address = base
+
+    def next_event(self, kind: type[AgentEvent]) -> AgentEvent:
+        """Waits for the next event, which must be of this kind."""
+        while not (events := self.agent.poll()):
+            self._event.wait(10.0)
+            self._event.clear()
+        if not isinstance(events[0], kind) or len(events) > 1:
+            raise SystemExit(f"unexpected: {events}")
+        return events[0]
+
+
+def serve(config: TransferConfig, num_pages: int) -> None:
+    """The prefill side: a state ready for each line on stdin, as [transfer id, number of tokens, pages]."""
+    rank = Rank(config, num_pages)
+    facts = {
+        "address": rank.agent.address,
+        "epoch": rank.agent.epoch,
+        "session_id": rank.bare.session_id,
+        "base_address": rank.base_address,
+    }
+    print(json.dumps(facts), flush=True)
+    for line in sys.stdin:
+        transfer_id, num_tokens, pages = json.loads(line)
+        rank.agent.open_send(transfer_id, num_tokens, b"hash")
+        rank.agent.publish_ready(transfer_id, pages, 0, b"token")
+        print("{}", flush=True)
+        rank.next_event(SendEnded)
+    rank.agent.stop()
+
+
+class Source:
+    """The parent's end of the process that serves states."""
+
+    def __init__(self, arguments: Sequence[str]) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.handoff", "--serve", *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.facts = self._line()
+
+    def _line(self) -> Any:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise SystemExit(f"the serving process ended with {self._process.wait()}")
+        return json.loads(line)
+
+    def offer(self, transfer_id: str, num_tokens: int, pages: Sequence[int]) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps([transfer_id, num_tokens, pages]) + "\n")
+        self._process.stdin.flush()
+        self._line()
+
+    def stop(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait(20)
+
+
+def read_blocking(bare: MooncakeEngine, session_id: str, piece: Piece) -> None:
+    if bare.raw.transfer_sync_read(session_id, piece.local, piece.remote, piece.num_bytes) != 0:
+        raise SystemExit("a blocking read failed")
+
+
+def read_pieces(bare: MooncakeEngine, session_id: str, pieces: Sequence[Piece], window: int) -> None:
+    """Submit within a window, poll the oldest: the engine alone, at its best."""
+    waiting, in_flight = deque(pieces), deque[int]()
+    while waiting or in_flight:
+        while waiting and len(in_flight) < window:
+            in_flight.append(bare.submit(session_id, waiting.popleft()))
+        moved = False
+        while in_flight and (state := bare.poll(in_flight[0])) is not ReadState.PENDING:
+            if state is ReadState.FAILED:
+                raise SystemExit("a read failed")
+            in_flight.popleft()
+            moved = True
+        if not moved:
+            time.sleep(NAP_S)
+
+
+def timed(call: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    call()
+    return time.perf_counter() - began
+
+
+class Bench:
+    def __init__(self, config: TransferConfig, rank: Rank, source: Source) -> None:
+        self._config = config
+        self._rank = rank
+        self._source = source
+        self._transfers = 0
+
+    def hand_off(self, num_tokens: int, scattered: bool) -> tuple[float, Received]:
+        """(seconds from the claim to the event, the event) of one state that prefill holds ready."""
+        rank, facts = self._rank, self._source.facts
+        count = rank.format.num_pages(num_tokens)
+        theirs, mine = list(range(count)), list(range(count))
+        if scattered:
+            theirs = random.sample(range(rank.pages.count), count)
+            mine = random.sample(range(rank.pages.count), count)
+        self._transfers += 1
+        transfer_id = f"{self._transfers:032x}"
+        self._source.offer(transfer_id, num_tokens, theirs)
+        began = time.perf_counter()
+        rank.agent.open_receive(transfer_id, facts["address"], facts["epoch"], num_tokens, b"hash", mine, 1)
+        event = rank.next_event(Received | ReceiveFailed)  # type: ignore[arg-type]
+        took = time.perf_counter() - began
+        if not isinstance(event, Received):
+            raise SystemExit(f"not received: {event}")
+        return took, event
+
+    def bare_ways(self, num_bytes: int) -> dict[str, Callable[[], None]]:
+        bare, session_id = self._rank.bare, self._source.facts["session_id"]
+        whole = Piece(self._rank.base_address, self._source.facts["base_address"], num_bytes)
+        parts = merge_and_split([whole], self._config.read_bytes_limit)
+        return {
+            "blocking": lambda: read_blocking(bare, session_id, whole),
+            "polled": lambda: read_pieces(bare, session_id, [whole], 1),
+            "in pieces": lambda: read_pieces(bare, session_id, parts, self._config.window),
+        }
+
+    def row(self, num_tokens: int, scattered: bool, rounds: int) -> tuple[str, float]:
+        num_bytes = (
+            self._rank.format.num_pages(num_tokens) * self._rank.pages.stride_bytes + self._rank.slots.stride_bytes
+        )
+        ways = self.bare_ways(num_bytes)
+        bare_s: dict[str, list[float]] = {name: [] for name in ways}
+        totals, transfers = [], []
+        for round_number in range(rounds + 2):
+            took, event = self.hand_off(num_tokens, scattered)
+            bare_now = {name: timed(way) for name, way in ways.items()}
+            if round_number >= 2:  # the first ones open connections and touch memory
+                totals.append(took)
+                transfers.append(event.transfer_s)
+                for name, seconds in bare_now.items():
+                    bare_s[name].append(seconds)
+        best = min(ways, key=lambda name: statistics.median(bare_s[name]))
+        best_s, total_s = statistics.median(bare_s[best]), statistics.median(totals)
+        ratio = statistics.median(bare / total for bare, total in zip(bare_s[best], totals, strict=True))
+        text = (
+            f"{num_tokens:>7} {'scattered' if scattered else 'in order':>9} {num_bytes / 1e6:>8.1f} "
+            f"{1e3 * total_s:>8.2f} {1e3 * statistics.median(transfers):>8.2f} {num_bytes / total_s / 1e9:>6.2f} "
+            f"{1e3 * best_s:>8.2f} {num_bytes / best_s / 1e9:>6.2f} {best:>9} {ratio:>6.2f}"
+        )
+        return text, ratio
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 8192, 65536])
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="of the transfer configuration")
+    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    settings = dict(pair.split("=", 1) for pair in options.set)
+    config = msgspec.convert(settings, TransferConfig, strict=False)
+    num_pages = 2 * max(-(-tokens // 256) for tokens in options.tokens)
+    if options.serve:
+        serve(config, num_pages)
+        return 0
+    source = Source([f"--tokens={max(options.tokens)}", "--set", *options.set])
+    rank = Rank(config, num_pages)
+    bench = Bench(config, rank, source)
+    print(" tokens     pages       MB total ms reads ms   GB/s  bare ms   GB/s  best way  ratio")
+    ratios = []
+    for num_tokens in options.tokens:
+        for scattered in (False, True):
+            text, ratio = bench.row(num_tokens, scattered, options.rounds)
+            print(text, flush=True)
+            ratios.append(ratio)
+    rank.agent.check_integrity()
+    rank.agent.stop()
+    source.stop()
+    print(f"smallest ratio {min(ratios):.2f}, limit {LIMIT}")
+    return 0 if min(ratios) >= LIMIT else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
