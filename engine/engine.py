@@ -263,24 +263,26 @@ class Engine:
     # Tokens out
 
     def _collect(self, requests: Sequence[Request], num_decode: int, result: StepResult) -> None:
-        """Append the sampled tokens. Only first tokens, last tokens and watched requests are looked at one by one."""
+        """Append the sampled tokens. Only first and last tokens and watched requests are looked at one by one."""
         count = len(requests)
         rows = self._rows
         token_ids = result.token_ids
         rows.token[:count] = token_ids
         rows.num_generated[:count] += 1
         self._generated_tokens += count
-        special = rows.num_generated[:count] >= rows.max_generated[:count]
-        special |= np.isin(token_ids, self._eos_ids) & ~rows.ignore_eos[:count]
-        special |= rows.watched[:count]
-        special |= ~np.isfinite(result.best)
-        special[num_decode:] = True
         tokens = token_ids.tolist()
         for request, token_id in zip(requests, tokens, strict=True):
             request.generated.append(token_id)
-        outputs = [
-            None if needs_care else Tokens(request.request_id, (token_id,))
-            for request, token_id, needs_care in zip(requests, tokens, special.tolist(), strict=True)
+        finite = np.isfinite(result.best)
+        special = rows.num_generated[:count] >= rows.max_generated[:count]
+        special |= np.isin(token_ids, self._eos_ids) & ~rows.ignore_eos[:count]
+        special |= rows.watched[:count]
+        special |= ~finite
+        special[num_decode:] = True
+        for row in np.flatnonzero(rows.has_stop_ids[:count]).tolist():
+            special[row] |= tokens[row] in requests[row].sampling.stop_token_ids
+        outputs: list[Tokens | None] = [
+            Tokens(request.request_id, (token_id,)) for request, token_id in zip(requests, tokens, strict=True)
         ]
         logprob_index = 0
         for row in np.flatnonzero(special).tolist():
@@ -289,12 +291,13 @@ class Engine:
             if result.logprobs is not None and request.sampling.logprobs is not None:
                 logprobs = result.logprobs.message(logprob_index, request.sampling.logprobs)
                 logprob_index += 1
-            if np.isfinite(result.best[row]):
+            if finite[row]:
                 outputs[row] = self._token(request, logprobs)
             else:
                 request.generated.pop()
                 self._fail_choice(request, float(result.best[row]))
-        self._outbox.tokens.extend(output for output in outputs if output is not None)
+                outputs[row] = None
+        self._outbox.tokens.extend(filter(None, outputs))
 
     def _token(self, request: Request, logprobs: TokenLogprobs | None) -> Tokens | None:
         """The message for a request's newest token; a request that ends with it is gone afterwards.

@@ -28,15 +28,16 @@ class Rows:
         self.max_generated: NDArray[np.int64] = np.zeros(capacity, np.int64)
         """Output tokens at which the request ends."""
         self.ignore_eos: NDArray[np.bool_] = np.zeros(capacity, np.bool_)
+        self.has_stop_ids: NDArray[np.bool_] = np.zeros(capacity, np.bool_)
         self.watched: NDArray[np.bool_] = np.zeros(capacity, np.bool_)
-        """Each token must be looked at one by one: stop ids, grammar or log-probabilities."""
+        """Every token needs more than its id in a message: grammar or log-probabilities."""
         self.slot: NDArray[np.int32] = np.zeros(capacity, np.int32)
         self.num_pages: NDArray[np.int32] = np.zeros(capacity, np.int32)
         self.page_table: NDArray[np.int32] = np.zeros((capacity, max_pages), np.int32)
         """Entries from `num_pages` on are left over from others: valid page ids, never to be used."""
         self._columns = (
-            self.token, self.context_len, self.num_generated, self.max_generated, self.ignore_eos, self.watched,
-            self.slot, self.num_pages,
+            self.token, self.context_len, self.num_generated, self.max_generated, self.ignore_eos,
+            self.has_stop_ids, self.watched, self.slot, self.num_pages,
         )  # fmt: skip
         self._row_of: dict[str, int] = {}
 
@@ -56,9 +57,8 @@ class Rows:
         self.num_generated[row] = len(request.generated)
         self.max_generated[row] = max_generated
         self.ignore_eos[row] = sampling.ignore_eos
-        self.watched[row] = bool(
-            sampling.stop_token_ids or request.matcher is not None or sampling.logprobs is not None
-        )
+        self.has_stop_ids[row] = bool(sampling.stop_token_ids)
+        self.watched[row] = request.matcher is not None or sampling.logprobs is not None
         self.slot[row] = request.owned.slot_id
         self.set_pages(row, request.owned.page_ids)
         self.changes += 1

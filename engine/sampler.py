@@ -60,7 +60,7 @@ class Penalties:
 
 @dataclass(frozen=True, slots=True)
 class Pairs:
-    """(row, id) pairs of the batch, with values where that makes sense."""
+    """(row, id) pairs of the batch, with values where they have any."""
 
     rows: Tensor
     """int64 [N], indices into the batch."""
@@ -76,11 +76,10 @@ class SamplingInputs:
 
     random: RandomRows | None = None
     bias: Pairs | None = None
-    allowed: Pairs | None = None
-    """Rows that appear here may only yield the ids listed for them."""
     banned: Pairs | None = None
-    bitmask: tuple[Tensor, Tensor] | None = None
-    """rows int64 [G] and words int32 [G, ceil(V / 32)]: bit t % 32 of word t // 32 allows id t."""
+    allowed: tuple[Tensor, Tensor] | None = None
+    """rows int64 [G] and words int32 [G, ceil(V / 32)]: only ids t whose bit t % 32 of word t // 32 is set may be
+    chosen in these rows."""
     penalties: Penalties | None = None
     logprobs: tuple[Tensor, int] | None = None
     """rows int64 [N] that want log-probabilities, and the largest number of most likely ids among them."""
@@ -137,15 +136,11 @@ def logprobs_of(logits: Tensor, targets: Tensor, count: int) -> Logprobs:
 
 def _constrain(logits: Tensor, inputs: SamplingInputs) -> None:
     vocab = logits.shape[-1]
-    if inputs.bitmask is not None:
-        rows, words = inputs.bitmask
+    if inputs.allowed is not None:
+        rows, words = inputs.allowed
         bit = torch.arange(32, dtype=torch.int32, device=logits.device)
         allowed = ((words[:, :, None] >> bit) & 1).flatten(1)[:, :vocab].bool()
         logits[rows] = logits[rows].masked_fill(~allowed, NEGATIVE_INFINITY)
-    if inputs.allowed is not None:
-        kept = logits[inputs.allowed.rows, inputs.allowed.ids]
-        logits[inputs.allowed.rows] = NEGATIVE_INFINITY
-        logits[inputs.allowed.rows, inputs.allowed.ids] = kept
     if inputs.bias is not None:
         assert inputs.bias.values is not None
         logits.index_put_((inputs.bias.rows, inputs.bias.ids), inputs.bias.values, accumulate=True)

@@ -7,6 +7,7 @@ the newest tokens (min_tokens, bad words, grammar) are made anew for a step, and
 import enum
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -31,15 +32,29 @@ class _Feature(enum.IntFlag):
     MIN_P = enum.auto()
     SORT = enum.auto()
     BIAS = enum.auto()
-    ALLOWED = enum.auto()
     PENALTIES = enum.auto()
     LOGPROBS = enum.auto()
-    MIN_TOKENS = enum.auto()
-    BAD_WORDS = enum.auto()
+    BANNED = enum.auto()
+    """Single ids that never appear."""
+    SEQUENCES = enum.auto()
+    """Ids that must not follow certain others."""
+    ALLOWED = enum.auto()
     GRAMMAR = enum.auto()
 
 
-_EACH_STEP = _Feature.MIN_TOKENS | _Feature.BAD_WORDS | _Feature.GRAMMAR
+@dataclass(frozen=True, slots=True)
+class _Extras:
+    """The parts of a request's parameters that are lists, as arrays."""
+
+    bias_ids: NDArray[np.int64]
+    bias_values: NDArray[np.float32]
+    banned_ids: NDArray[np.int64]
+    stop_ids: NDArray[np.int64]
+    """What `min_tokens` forbids."""
+    allowed_words: NDArray[np.int32] | None
+    """Bits as in `SamplingInputs.allowed`."""
+    sequences: dict[int, list[tuple[int, ...]]]
+    """Bad words of several ids, by their last id but one."""
 
 
 class SamplingRows:
@@ -47,6 +62,7 @@ class SamplingRows:
 
     def __init__(self, capacity: int, vocab_size: int, eos_ids: Sequence[int], device: torch.device) -> None:
         self._vocab_size = vocab_size
+        self._num_words = -(-vocab_size // 32)
         self._eos_ids = tuple(eos_ids)
         self._device = device
         self._counts = TokenCounts(vocab_size, device)
@@ -58,15 +74,17 @@ class SamplingRows:
         self._top_p: NDArray[np.float64] = np.zeros(capacity, np.float64)
         self._penalties: NDArray[np.float32] = np.zeros((capacity, 3), np.float32)
         self._line: NDArray[np.int64] = np.full(capacity, -1, np.int64)
+        self._min_tokens: NDArray[np.int64] = np.zeros(capacity, np.int64)
+        self._num_logprobs: NDArray[np.int64] = np.zeros(capacity, np.int64)
+        self._extras: list[_Extras | None] = [None] * capacity
         self._columns = (
             self._features, self._seed, self._temperature, self._min_p, self._top_k, self._top_p, self._penalties,
-            self._line,
+            self._line, self._min_tokens, self._num_logprobs,
         )  # fmt: skip
         self._built_for: tuple[int, int] | None = None
         self._built = SamplingInputs()
         self._used = _Feature(0)
         self._random_rows: NDArray[np.intp] = np.zeros(0, np.intp)
-        self._penalised_lines: Tensor | None = None
 
     def add(self, row: int, request: Request) -> None:
         """The parameters of the request that got this row."""
@@ -81,8 +99,8 @@ class SamplingRows:
             (s.logit_bias, _Feature.BIAS),
             (s.allowed_token_ids, _Feature.ALLOWED),
             (s.logprobs is not None, _Feature.LOGPROBS),
-            (len(request.generated) < s.min_tokens, _Feature.MIN_TOKENS),
-            (s.bad_words, _Feature.BAD_WORDS),
+            (any(len(word) == 1 for word in s.bad_words), _Feature.BANNED),
+            (any(len(word) > 1 for word in s.bad_words), _Feature.SEQUENCES),
             (request.matcher is not None, _Feature.GRAMMAR),
         ):
             features |= feature if wanted else _Feature(0)
@@ -96,6 +114,31 @@ class SamplingRows:
         self._top_k[row] = min(s.top_k, self._vocab_size) or self._vocab_size
         self._top_p[row] = s.top_p
         self._penalties[row] = (s.repetition_penalty, s.frequency_penalty, s.presence_penalty)
+        self._min_tokens[row] = s.min_tokens
+        self._num_logprobs[row] = s.logprobs or 0
+        has_lists = s.logit_bias or s.bad_words or s.allowed_token_ids or s.min_tokens
+        self._extras[row] = self._extras_of(request) if has_lists else None
+
+    def _extras_of(self, request: Request) -> _Extras:
+        s = request.sampling
+        words = None
+        if s.allowed_token_ids:
+            bits = np.zeros(32 * self._num_words, np.uint8)
+            bits[list(s.allowed_token_ids)] = 1
+            words = np.packbits(bits, bitorder="little").view(np.int32)
+        eos_ids = () if s.ignore_eos else self._eos_ids
+        sequences: dict[int, list[tuple[int, ...]]] = {}
+        for word in s.bad_words:
+            if len(word) > 1:
+                sequences.setdefault(word[-2], []).append(word)
+        return _Extras(
+            bias_ids=np.array([token_id for token_id, _ in s.logit_bias], np.int64),
+            bias_values=np.array([value for _, value in s.logit_bias], np.float32),
+            banned_ids=np.array([word[0] for word in s.bad_words if len(word) == 1], np.int64),
+            stop_ids=np.array([*s.stop_token_ids, *eos_ids], np.int64),
+            allowed_words=words,
+            sequences=sequences,
+        )
 
     def remove(self, row: int, last: int) -> None:
         """The row is given up and row `last` moves into its place."""
@@ -103,31 +146,37 @@ class SamplingRows:
             self._counts.give_back(int(self._line[row]))
         for column in self._columns:
             column[row] = column[last]
+        self._extras[row] = self._extras[last]
+        self._extras[last] = None
 
     def inputs(self, requests: Sequence[Request], num_generated: NDArray[np.int64], changes: int) -> SamplingInputs:
         """For rows 0..len(requests)-1; `changes` as in `Rows`."""
         count = len(requests)
         if self._built_for != (changes, count):
-            self._build(requests)
+            self._build(count)
             self._built_for = (changes, count)
-        if not self._used & (_Feature.RANDOM | _EACH_STEP):
-            return self._built
-        random, built = self._built.random, self._built
+        built = self._built
+        random = built.random
         if random is not None:
             draws = uniform(self._seed[self._random_rows], num_generated[self._random_rows])
             random = RandomRows(
                 random.rows, random.temperature, self._tensor(draws), random.min_p, random.sort, random.top_k,
                 random.top_p, random.max_top_k,
             )  # fmt: skip
-        banned = bitmask = None
-        if self._used & _EACH_STEP:
-            banned, bitmask = self._banned(requests), self._bitmask(requests)
-        return SamplingInputs(random, built.bias, built.allowed, banned, bitmask, built.penalties, built.logprobs)
+        return SamplingInputs(
+            random=random,
+            bias=built.bias,
+            banned=self._banned(requests, num_generated) or built.banned,
+            allowed=self._allowed(requests) if self._used & _Feature.GRAMMAR else built.allowed,
+            penalties=built.penalties,
+            logprobs=built.logprobs,
+        )
 
     def record(self, token_ids: Tensor) -> None:
         """The tokens sampled with the last `inputs`; int64 [B] on the device."""
-        if self._penalised_lines is not None and self._built.penalties is not None:
-            self._counts.add(self._penalised_lines, token_ids[self._built.penalties.rows])
+        penalties = self._built.penalties
+        if penalties is not None:
+            self._counts.add(penalties.lines, token_ids[penalties.rows])
 
     def _tensor(self, array: NDArray[np.generic]) -> Tensor:
         return torch.from_numpy(array).to(self._device, non_blocking=True)
@@ -135,16 +184,15 @@ class SamplingRows:
     def _rows_with(self, feature: _Feature, count: int) -> NDArray[np.intp]:
         return np.flatnonzero(self._features[:count] & feature)
 
-    def _build(self, requests: Sequence[Request]) -> None:
-        count = len(requests)
-        self._used = _Feature(int(np.bitwise_or.reduce(self._features[:count], initial=0)))
-        used = self._used
+    def _build(self, count: int) -> None:
+        self._used = used = _Feature(int(np.bitwise_or.reduce(self._features[:count], initial=0)))
         self._built = SamplingInputs(
             random=self._build_random(count) if used & _Feature.RANDOM else None,
-            bias=self._build_bias(requests) if used & _Feature.BIAS else None,
-            allowed=self._build_allowed(requests) if used & _Feature.ALLOWED else None,
+            bias=self._build_bias(count) if used & _Feature.BIAS else None,
+            banned=self._pairs(self._static_bans(count)) if used & _Feature.BANNED else None,
+            allowed=self._build_allowed(count) if used & _Feature.ALLOWED else None,
             penalties=self._build_penalties(count) if used & _Feature.PENALTIES else None,
-            logprobs=self._build_logprobs(requests) if used & _Feature.LOGPROBS else None,
+            logprobs=self._build_logprobs(count) if used & _Feature.LOGPROBS else None,
         )
 
     def _build_random(self, count: int) -> RandomRows:
@@ -163,79 +211,77 @@ class SamplingRows:
             max_top_k=int(self._top_k[sorted_rows].max()) if len(sort) else 0,
         )
 
-    def _pairs(self, rows: list[int], ids: list[int], values: list[float] | None = None) -> Pairs:
-        return Pairs(
-            self._tensor(np.asarray(rows, np.int64)),
-            self._tensor(np.asarray(ids, np.int64)),
-            None if values is None else self._tensor(np.asarray(values, np.float32)),
-        )
+    def _extras_with(self, feature: _Feature, count: int) -> list[tuple[int, _Extras]]:
+        return [(row, extras) for row in self._rows_with(feature, count).tolist() if (extras := self._extras[row])]
 
-    def _build_bias(self, requests: Sequence[Request]) -> Pairs:
-        rows, ids, values = [], [], []
-        for row in self._rows_with(_Feature.BIAS, len(requests)).tolist():
-            for token_id, value in requests[row].sampling.logit_bias:
-                rows.append(row)
-                ids.append(token_id)
-                values.append(value)
-        return self._pairs(rows, ids, values)
+    def _pairs(self, ids_of: list[tuple[int, NDArray[np.int64]]]) -> Pairs:
+        rows = np.repeat([row for row, _ in ids_of], [len(ids) for _, ids in ids_of])
+        return Pairs(self._tensor(rows), self._tensor(np.concatenate([ids for _, ids in ids_of])))
 
-    def _build_allowed(self, requests: Sequence[Request]) -> Pairs:
-        rows, ids = [], []
-        for row in self._rows_with(_Feature.ALLOWED, len(requests)).tolist():
-            allowed = requests[row].sampling.allowed_token_ids
-            rows.extend([row] * len(allowed))
-            ids.extend(allowed)
-        return self._pairs(rows, ids)
+    def _build_bias(self, count: int) -> Pairs:
+        biased = self._extras_with(_Feature.BIAS, count)
+        pairs = self._pairs([(row, extras.bias_ids) for row, extras in biased])
+        values = np.concatenate([extras.bias_values for _, extras in biased])
+        return Pairs(pairs.rows, pairs.ids, self._tensor(values))
+
+    def _build_allowed(self, count: int) -> tuple[Tensor, Tensor]:
+        limited = self._extras_with(_Feature.ALLOWED, count)
+        words = np.stack([extras.allowed_words for _, extras in limited if extras.allowed_words is not None])
+        return self._tensor(np.array([row for row, _ in limited])), self._tensor(words)
+
+    def _static_bans(self, count: int) -> list[tuple[int, NDArray[np.int64]]]:
+        return [(row, extras.banned_ids) for row, extras in self._extras_with(_Feature.BANNED, count)]
 
     def _build_penalties(self, count: int) -> Penalties:
         rows = self._rows_with(_Feature.PENALTIES, count)
-        self._penalised_lines = lines = self._tensor(self._line[rows])
         repetition, frequency, presence = (self._tensor(self._penalties[rows, i])[:, None] for i in range(3))
         return Penalties(
             rows=self._tensor(rows),
             repetition=repetition,
             frequency=frequency,
             presence=presence,
-            lines=lines,
+            lines=self._tensor(self._line[rows]),
             counts=self._counts,
         )
 
-    def _build_logprobs(self, requests: Sequence[Request]) -> tuple[Tensor, int]:
-        rows = self._rows_with(_Feature.LOGPROBS, len(requests))
-        counts = [requests[row].sampling.logprobs or 0 for row in rows.tolist()]
-        most = self._vocab_size if min(counts) < 0 else min(max(counts), self._vocab_size)
+    def _build_logprobs(self, count: int) -> tuple[Tensor, int]:
+        rows = self._rows_with(_Feature.LOGPROBS, count)
+        wanted = self._num_logprobs[rows]
+        most = self._vocab_size if wanted.min() < 0 else min(int(wanted.max()), self._vocab_size)
         return self._tensor(rows), most
 
-    def _banned(self, requests: Sequence[Request]) -> Pairs | None:
-        rows: list[int] = []
-        ids: list[int] = []
-        for row in self._rows_with(_Feature.MIN_TOKENS | _Feature.BAD_WORDS, len(requests)).tolist():
-            request = requests[row]
-            banned = [ids_of[-1] for ids_of in request.sampling.bad_words if _ends_with(request.generated, ids_of[:-1])]
-            if len(request.generated) < request.sampling.min_tokens:
-                banned.extend(request.sampling.stop_token_ids)
-                if not request.sampling.ignore_eos:
-                    banned.extend(self._eos_ids)
-            rows.extend([row] * len(banned))
-            ids.extend(banned)
-        return self._pairs(rows, ids) if rows else None
-
-    def _bitmask(self, requests: Sequence[Request]) -> tuple[Tensor, Tensor] | None:
-        rows = self._rows_with(_Feature.GRAMMAR, len(requests))
-        if not len(rows):
+    def _banned(self, requests: Sequence[Request], num_generated: NDArray[np.int64]) -> Pairs | None:
+        """All bans of this step, None if only those that never change."""
+        count = len(requests)
+        bans: list[tuple[int, NDArray[np.int64]]] = []
+        for row in np.flatnonzero(num_generated[:count] < self._min_tokens[:count]).tolist():
+            extras = self._extras[row]
+            if extras is not None and len(extras.stop_ids):
+                bans.append((row, extras.stop_ids))
+        if self._used & _Feature.SEQUENCES:
+            for row, extras in self._extras_with(_Feature.SEQUENCES, count):
+                generated = requests[row].generated
+                words = extras.sequences.get(generated[-1], ()) if generated else ()
+                bans.extend(
+                    (row, np.array([word[-1]])) for word in words if tuple(generated[1 - len(word) :]) == word[:-1]
+                )
+        if not bans:
             return None
-        words = np.zeros((len(rows), -(-self._vocab_size // 32)), np.int32)
+        return self._pairs(bans + (self._static_bans(count) if self._used & _Feature.BANNED else []))
+
+    def _allowed(self, requests: Sequence[Request]) -> tuple[Tensor, Tensor]:
+        """What grammars and lists of allowed ids leave in this step."""
+        rows = self._rows_with(_Feature.GRAMMAR | _Feature.ALLOWED, len(requests))
+        words = np.full((len(rows), self._num_words), -1, np.int32)
         for line, row in zip(words, rows.tolist(), strict=True):
-            matcher = requests[row].matcher
-            assert matcher is not None
-            try:
-                matcher.fill_bitmask(line)
-            except Exception:
-                # One request's grammar must not end the step of all: nothing is allowed, so only this request fails.
-                log.exception("request %s: its grammar failed", requests[row].request_id)
-                line[:] = 0
+            matcher, extras = requests[row].matcher, self._extras[row]
+            if matcher is not None:
+                try:
+                    matcher.fill_bitmask(line)
+                except Exception:
+                    # One request's grammar must not end the step of all: nothing is allowed, so only this one fails.
+                    log.exception("request %s: its grammar failed", requests[row].request_id)
+                    line[:] = 0
+            if extras is not None and extras.allowed_words is not None:
+                line &= extras.allowed_words
         return self._tensor(rows), self._tensor(words)
-
-
-def _ends_with(generated: Sequence[int], ids: Sequence[int]) -> bool:
-    return not ids or (len(generated) >= len(ids) and tuple(generated[-len(ids) :]) == tuple(ids))

@@ -31,11 +31,13 @@ class TokenCounts:
         if not self._free:
             self._grow()
         line = self._free.pop()
-        seen = torch.from_numpy(np.unique(prompt)).to(self._device)
         self.in_prompt[line] = False
-        self.in_prompt[line, seen] = True
-        counts = np.bincount(np.asarray(generated, dtype=np.int64), minlength=self._vocab_size)
-        self.output_counts[line] = torch.from_numpy(counts.astype(np.int32)).to(self._device)
+        self.in_prompt[line, torch.from_numpy(prompt).to(self._device)] = True
+        self.output_counts[line] = 0
+        if generated:
+            ids = torch.tensor(generated, device=self._device)
+            once = torch.ones(len(generated), dtype=torch.int32, device=self._device)
+            self.output_counts[line].index_put_((ids,), once, accumulate=True)
         return line
 
     def give_back(self, line: int) -> None:
