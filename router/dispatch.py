@@ -331,19 +331,32 @@ class _Job:
 
     async def _relay(self, answer: Answer) -> None:
         """Pass the stream on as it comes, in whole events."""
-        leg, sink, clock = answer.leg, self._sink, self._shared.clock
-        exchange, events = leg.exchange, WholeEvents()
-        leg.streaming = True
+        leg, sink = answer.leg, self._sink
+        exchange, events, usage = leg.exchange, WholeEvents(), self._usage
+
+        def cut(data: bytes) -> bytes:
+            whole = events.cut(data)
+            return whole if usage is None else corrected_events(whole, usage)
+
+        def pass_on(data: bytes) -> bool:
+            """The short way for bytes that come while nobody waits for anything: no task is woken for them."""
+            if sink.blocked:
+                return False
+            if whole := cut(data):
+                sink.write_now(whole)
+            leg.expect_more(exchange.heard_at)
+            return True
+
+        leg.begin_stream()
         data = answer.data
+        exchange.relay_to(pass_on)
         while True:
             if data:
                 # A client that reads slowly is not the node's fault: no deadline runs while we wait for it.
                 exchange.deadline = float("inf")
-                if whole := events.cut(data):
-                    if self._usage is not None:
-                        whole = corrected_events(whole, self._usage)
+                if whole := cut(data):
                     await sink.write(whole)
-                leg.expect_more(clock())
+                leg.expect_more(self._shared.clock())
             elif exchange.complete:
                 break
             elif exchange.error is not None:

@@ -214,6 +214,11 @@ class ClientConnection(asyncio.Protocol):
 
     # For the sink
 
+    @property
+    def blocked(self) -> bool:
+        """The client reads too slowly, or is gone."""
+        return self._drained is not None or self._transport is None
+
     def send(self, *parts: bytes) -> None:
         """Raises ClientGone."""
         if self._transport is None or self._transport.is_closing():
@@ -312,8 +317,15 @@ class RawSink:
         connection = self._connection
         head, self._head = self._head, b""
         connection.send(b"%b%x\r\n%b\r\n" % (head, len(data), data))
-        if connection._drained is not None:
+        if connection.blocked:
             await connection.drain()
+
+    @property
+    def blocked(self) -> bool:
+        return self._connection.blocked or bool(self._head)
+
+    def write_now(self, data: bytes) -> None:
+        self._connection.send(b"%x\r\n%b\r\n" % (len(data), data))
 
     async def finish(self) -> None:
         head, self._head = self._head, b""

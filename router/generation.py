@@ -1,6 +1,7 @@
 """One request to generate, from any kind of server connection: admitted, parsed, dispatched, counted."""
 
 import asyncio
+import itertools
 import secrets
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
@@ -20,11 +21,15 @@ GENERATING = frozenset(
 """POST routes that make tokens: dispatched on two legs."""
 
 
+_PREFIX = secrets.token_hex(10)
+_numbers = itertools.count(1)
+
+
 def request_id_of(given: str | None) -> str:
     """The client's own id if it is fit for a header and a log line, else a new one."""
     if given and len(given) <= 256 and given.isascii() and given.isprintable():
         return given
-    return secrets.token_hex(16)
+    return f"{_PREFIX}{next(_numbers):012x}"
 
 
 async def generate(

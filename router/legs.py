@@ -44,14 +44,19 @@ class Leg:
         """Before the first byte the leg fails now. A stream that still flows may go on: only its gaps get short."""
         self.lost = reason
         if self.streaming:
+            self.exchange.deadline_text = f"no bytes for {self._lost_gap_s:g} s in mid-answer, and no heartbeat"
             self.expect_more(self.exchange.heard_at)
         else:
             self.exchange.node_lost(reason)
 
+    def begin_stream(self) -> None:
+        """The client has the first bytes: from now on the gaps count."""
+        self.streaming = True
+        self.exchange.deadline_text = f"no bytes for {self._gap_s:g} s in the middle of its answer"
+
     def expect_more(self, now: float) -> None:
         """Start the clock for the next piece of a streamed answer."""
-        gap_s = self._gap_s if self.lost is None else self._lost_gap_s
-        self.exchange.expire_at(now + gap_s, f"no bytes for {gap_s:g} s in the middle of its answer")
+        self.exchange.deadline = now + (self._gap_s if self.lost is None else self._lost_gap_s)
 
     def close(self) -> None:
         """Stop counting it; cancel it if it still runs. Idempotent."""

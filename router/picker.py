@@ -67,14 +67,14 @@ class Picker:
     ) -> Target:
         now = self._clock()
         candidates = targets
-        if avoid or any(target.node.suspect_until > now for target in targets):
-            for unwanted in (
-                lambda t: t in avoid or t.node.suspect_until > now,
-                lambda t: t in avoid,
-                lambda t: t.node.suspect_until > now,
-            ):
-                if kept := tuple(target for target in targets if not unwanted(target)):
-                    candidates = kept
-                    break
+        if avoid or self._registry.suspicion_until > now:
+            candidates = _preferred(targets, avoid, now)
         session = request.session if self._uses_session[role] else None
         return self._policies[role](candidates, Question(role, turn, session))
+
+
+def _preferred(targets: tuple[Target, ...], avoid: Iterable[Target], now: float) -> tuple[Target, ...]:
+    """Those neither to be avoided nor suspect; if there are none, those not to be avoided; else the unsuspected; else all."""
+    wanted = tuple(target for target in targets if target not in avoid)
+    trusted = tuple(target for target in targets if target.node.suspect_until <= now)
+    return tuple(target for target in trusted if target not in avoid) or wanted or trusted or targets

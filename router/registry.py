@@ -106,6 +106,8 @@ class Registry:
         self._owed: dict[str, collections.deque[Release]] = {}
         """Releases for nodes that are gone: only their stream may have broken, and they still hold something."""
         self._listeners: list[Callable[[], None]] = []
+        self.suspicion_until = 0.0
+        """After this no node is suspect."""
         self.joins = 0
         self.losses = 0
 
@@ -188,6 +190,7 @@ class Registry:
     def suspect(self, node: Node, until: float) -> None:
         """A call to this node failed in a way that says something about the node: prefer others until then."""
         node.suspect_until = max(node.suspect_until, until)
+        self.suspicion_until = max(self.suspicion_until, until)
 
     def lose(self, node: Node, reason: str) -> None:
         """The node is gone; every call on it fails now. Says nothing about a newer node under the same id."""

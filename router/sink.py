@@ -34,6 +34,14 @@ class Sink(Protocol):
     async def finish(self) -> None:
         """The end of a streamed body."""
 
+    @property
+    def blocked(self) -> bool:
+        """Whether `write_now` may not be used: the client reads too slowly, is gone, or this sink cannot do it."""
+        ...
+
+    def write_now(self, data: bytes) -> None:
+        """As `write`, without waiting; for a started sink that is not blocked."""
+
     def break_off(self) -> None:
         """End the connection without ending the body, so that the client cannot take it for whole."""
 
@@ -61,6 +69,13 @@ class MemorySink:
 
     async def finish(self) -> None:
         pass
+
+    @property
+    def blocked(self) -> bool:
+        return False
+
+    def write_now(self, data: bytes) -> None:
+        self.body += data
 
     def break_off(self) -> None:
         pass

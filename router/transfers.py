@@ -5,6 +5,7 @@ every other path it is *released*: both nodes are told that nobody will ask for 
 and `check_integrity` says so.
 """
 
+import itertools
 import logging
 import secrets
 from collections.abc import Callable, Set
@@ -49,6 +50,9 @@ class TransferTable:
         """`tell` lets a node know that a transfer was given up; it must not block."""
         self._clock = clock
         self._tell = tell
+        # 128 bits: 80 at random say which router made it, and when it started; the rest counts.
+        self._prefix = secrets.token_hex(10)
+        self._numbers = itertools.count(1)
         self._open: dict[str, Transfer] = {}
         self.opened = 0
         self.finished = 0
@@ -59,7 +63,7 @@ class TransferTable:
 
     def open(self, owner: int, request_id: str, prefill: Target, choices: int) -> Transfer:
         transfer = Transfer(
-            transfer_id=secrets.token_hex(16),
+            transfer_id=f"{self._prefix}{next(self._numbers):012x}",
             owner=owner,
             request_id=request_id,
             prefill=prefill,

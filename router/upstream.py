@@ -54,6 +54,7 @@ class Exchange:
         "_connection",
         "_origin",
         "_pieces",
+        "_relay",
         "_size",
         "complete",
         "deadline",
@@ -68,6 +69,7 @@ class Exchange:
         self._origin = origin
         self._connection: _Connection | None = None
         self._pieces: list[bytes] = []
+        self._relay: Callable[[bytes], bool] | None = None
         self._size = 0
         self.on_change = on_change
         self.head: ResponseHead | None = None
@@ -112,9 +114,14 @@ class Exchange:
             self._pieces = [b"".join(self._pieces)]
         return self._pieces[0] if self._pieces else b""
 
+    def relay_to(self, relay: Callable[[bytes], bool]) -> None:
+        """Offer body bytes to `relay` as they come instead of waking the owner. False: they wait to be taken."""
+        self._relay = relay
+
     def close(self) -> None:
         """Forget it. An unfinished request is cancelled by closing its connection, which is how nodes learn of it."""
         self.on_change = _ignore
+        self._relay = None
         if self.open:
             self._fail(ConnectionBroken("closed here"))
 
@@ -133,6 +140,11 @@ class Exchange:
     def _arrived(self, head: ResponseHead | None, pieces: list[bytes], complete: bool) -> None:
         self.head = head
         if pieces:
+            relay = self._relay if not self._pieces else None
+            if relay is not None and relay(pieces[0] if len(pieces) == 1 else b"".join(pieces)):
+                if not complete:
+                    return
+                pieces = []
             self._pieces.extend(pieces)
             for piece in pieces:
                 self._size += len(piece)

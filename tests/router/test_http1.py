@@ -1,0 +1,106 @@
+"""The response parser, with the bytes cut in every possible place and with hostile ones."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from router.http1 import MAX_HEAD_BYTES, ProtocolError, ResponseParser
+
+LENGTH = b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nX-A:  b \r\n\r\nhello"
+CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\nA;x=y\r\n, and more!\r\n0\r\nTrailer: x\r\n\r\n"
+CHUNKED = CHUNKED.replace(b"A;x=y\r\n, and more!", b"B;x=y\r\n, and more!")
+CONTINUED = b"HTTP/1.1 100 Continue\r\n\r\n" + LENGTH
+
+
+def parse(pieces: list[bytes]) -> tuple[ResponseParser, bytes]:
+    parser = ResponseParser()
+    body = b"".join(part for piece in pieces for part in parser.feed(piece))
+    return parser, body
+
+
+@pytest.mark.parametrize(("data", "body"), [(LENGTH, b"hello"), (CHUNKED, b"hello, and more!"), (CONTINUED, b"hello")])
+def test_any_cut_in_three_gives_the_same_body(data, body):
+    for first in range(len(data)):
+        for second in range(first, len(data), 7):
+            parser, got = parse([data[:first], data[first:second], data[second:]])
+            assert got == body
+            assert parser.done
+            assert not parser.leftover
+            assert parser.head is not None
+            assert parser.head.status == 200
+
+
+@given(st.lists(st.binary(min_size=1, max_size=300), max_size=8), st.lists(st.integers(0, 3000), max_size=12))
+def test_chunks_come_out_as_they_went_in_however_they_are_cut(chunks, cuts):
+    data = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"
+    data += b"".join(b"%x\r\n%b\r\n" % (len(chunk), chunk) for chunk in chunks) + b"0\r\n\r\n"
+    places = sorted({min(cut, len(data)) for cut in cuts} | {0, len(data)})
+    parser, body = parse([data[a:b] for a, b in zip(places, places[1:], strict=False)])
+    assert body == b"".join(chunks)
+    assert parser.done
+
+
+def test_headers_have_lower_names_and_clean_values():
+    parser, _ = parse([LENGTH])
+    assert parser.head.get(b"x-a") == b"b"
+    assert parser.head.get(b"x-b") is None
+
+
+@pytest.mark.parametrize(
+    ("head", "kept"),
+    [
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n", True),
+        (b"HTTP/1.1 200 OK\r\nConnection: Close\r\nContent-Length: 0\r\n\r\n", False),
+        (b"HTTP/1.0 200 OK\r\nContent-Length: 0\r\n\r\n", False),
+        (b"HTTP/1.0 200 OK\r\nConnection: keep-alive\r\nContent-Length: 0\r\n\r\n", True),
+        (b"HTTP/1.1 204 No Content\r\n\r\n", True),
+    ],
+)
+def test_whether_the_connection_lives_on(head, kept):
+    parser, _ = parse([head])
+    assert parser.done
+    assert parser.head.keep_alive is kept
+
+
+def test_without_length_the_end_of_input_is_the_end():
+    parser, body = parse([b"HTTP/1.1 200 OK\r\n\r\nsome", b"thing"])
+    assert body == b"something"
+    assert not parser.done
+    assert parser.end_of_input()
+
+
+@pytest.mark.parametrize("data", [LENGTH[:-1], CHUNKED[:-2], b"HTTP/1.1 200"])
+def test_an_early_end_of_input_is_no_end(data):
+    parser, _ = parse([data])
+    assert not parser.end_of_input()
+
+
+def test_surplus_bytes_are_noticed():
+    parser, body = parse([LENGTH + b"HTTP/1.1 200"])
+    assert body == b"hello"
+    assert parser.leftover
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"ICY 200 OK\r\n\r\n",
+        b"HTTP/1.1 20 OK\r\n\r\n",
+        b"HTTP/1.1 abc\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nno colon\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nname : x\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nA: b\r\n folded\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nContent-Length: -1\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: gzip, chunked\r\n\r\n",
+        b"HTTP/1.1 101 Switching Protocols\r\n\r\n",
+        b"x" * (MAX_HEAD_BYTES + 1),
+        *(
+            b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + chunk
+            for chunk in (b"-5\r\n", b"+5\r\n", b"0x5\r\n", b"1_0\r\n", b"\r\n", b"g\r\n", b"5\r\nhelloXX", b"1" * 5000)
+        ),
+    ],
+)
+def test_what_is_not_http_is_an_error(data):
+    with pytest.raises(ProtocolError):
+        parse([data])
