@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 MAX_HEAD_BYTES = 64 * 1024
 MAX_CHUNK_LINE_BYTES = 4096
+_HEX = b"0123456789abcdefABCDEF"
 
 Headers = tuple[tuple[bytes, bytes], ...]
 """Names in lower case, in the order they came."""
@@ -173,11 +174,8 @@ class ResponseParser:
                 self.done = not line
                 continue
             digits = line.partition(b";")[0].rstrip(b" \t")
-            try:
-                # int() alone would take signs, underscores and spaces.
-                self._left = int(digits, 16) if digits.isalnum() else -1
-            except ValueError:
-                self._left = -1
+            # int() alone would take signs, underscores, spaces and 0x.
+            self._left = int(digits, 16) if digits and not digits.strip(_HEX) else -1
             if self._left < 0:
                 raise ProtocolError(f"chunk size {line[:40]!r}")
             self._in_trailers = self._left == 0

@@ -74,7 +74,7 @@ class Picker:
 
 
 def _preferred(targets: tuple[Target, ...], avoid: Iterable[Target], now: float) -> tuple[Target, ...]:
-    """Those neither to be avoided nor suspect; if there are none, those not to be avoided; else the unsuspected; else all."""
+    """Neither to be avoided nor suspect; if there are none: not to be avoided, then not suspect, then all."""
     wanted = tuple(target for target in targets if target not in avoid)
     trusted = tuple(target for target in targets if target.node.suspect_until <= now)
     return tuple(target for target in trusted if target not in avoid) or wanted or trusted or targets

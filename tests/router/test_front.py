@@ -129,7 +129,7 @@ async def test_malformed_requests_get_a_400_and_reach_no_node(request_bytes):
         wire.writer.write(request_bytes)
         async with asyncio.timeout(5.0):
             data = await wire.reader.read(100)
-        assert data.startswith((b"HTTP/1.1 400", b"HTTP/1.0 400", b"HTTP/1.1 431")), data
+        assert data.split(b" ")[1] in (b"400", b"431"), data
         assert not it.prefills[0].seen
         assert (await it.complete())[0] == 200
 

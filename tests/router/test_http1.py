@@ -1,5 +1,7 @@
 """The response parser, with the bytes cut in every possible place and with hostile ones."""
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -7,8 +9,10 @@ from hypothesis import strategies as st
 from router.http1 import MAX_HEAD_BYTES, ProtocolError, ResponseParser
 
 LENGTH = b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nX-A:  b \r\n\r\nhello"
-CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\nA;x=y\r\n, and more!\r\n0\r\nTrailer: x\r\n\r\n"
-CHUNKED = CHUNKED.replace(b"A;x=y\r\n, and more!", b"B;x=y\r\n, and more!")
+CHUNKED = (
+    b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+    b"5\r\nhello\r\nB;x=y\r\n, and more!\r\n0\r\nTrailer: x\r\n\r\n"
+)
 CONTINUED = b"HTTP/1.1 100 Continue\r\n\r\n" + LENGTH
 
 
@@ -35,7 +39,7 @@ def test_chunks_come_out_as_they_went_in_however_they_are_cut(chunks, cuts):
     data = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"
     data += b"".join(b"%x\r\n%b\r\n" % (len(chunk), chunk) for chunk in chunks) + b"0\r\n\r\n"
     places = sorted({min(cut, len(data)) for cut in cuts} | {0, len(data)})
-    parser, body = parse([data[a:b] for a, b in zip(places, places[1:], strict=False)])
+    parser, body = parse([data[a:b] for a, b in itertools.pairwise(places)])
     assert body == b"".join(chunks)
     assert parser.done
 
