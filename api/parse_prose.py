@@ -38,14 +38,15 @@ class ProseParser:
         """Nothing of this part has appeared yet, so newlines are dropped."""
         self._may_open = not start.continuation
         """A first `<think>` opens the reasoning, or repeats what the prompt did; later ones are text."""
+        self._newlines = 0
+        """Held back, before `_held`: as a number, because a model may write nothing but newlines for long."""
         self._held = ""
         self._stops = _CLOSE_OR_TAG if tools else _CLOSE
 
     def feed(self, text: str) -> str | None:
         """Take more text. Returns what follows the opener of a tool block once there is one."""
-        text = self._held + text
+        text = self._skip_start(self._held + text)
         self._held = ""
-        text = self._skip_start(text)
         position = 0
         while found := self._stops.search(text, position):
             at = found.start()
@@ -56,15 +57,17 @@ class ProseParser:
             if opener is Opener.NO:
                 position = found.end()
                 continue
-            before = text[:at].rstrip("\n")
-            self._emit(before)
+            self._emit_but_newlines(text[:at])
             if opener is Opener.YES:
                 return text[end:]
-            self._held = text[len(before) :]
+            self._held = text[at:]
             return None
-        keep = self._safe_length(text)
-        self._emit(text[:keep])
-        self._held = text[keep:]
+        if self._tools and text.endswith("<"):
+            text, self._held = text[:-1], "<"
+        if self._tools or self.in_reasoning:
+            self._emit_but_newlines(text)
+        else:
+            self._emit(text)
         return None
 
     def finish(self) -> None:
@@ -90,7 +93,8 @@ class ProseParser:
         if not self.in_reasoning:
             self._emit(text[:at])
             return text[at + 1 :]
-        self._emit(text[:at].rstrip("\n"))
+        self._emit_but_newlines(text[:at])
+        self._newlines = 0
         self.in_reasoning = False
         self._fresh = True
         return self._skip_start(text[at + 1 :])
@@ -105,16 +109,15 @@ class ProseParser:
             return Opener.NOT_YET, at
         return Opener.NO, at
 
-    def _safe_length(self, text: str) -> int:
-        """How much of `text` is this part's for certain: not a `<`, nor newlines, that a marker may follow."""
-        end = len(text)
-        if self._tools and text.endswith("<"):
-            end -= 1
-        if self._tools or self.in_reasoning:
-            end = len(text[:end].rstrip("\n"))
-        return end
+    def _emit_but_newlines(self, text: str) -> None:
+        """Emit a text, but hold back the newlines it ends with, which a marker may follow."""
+        body = text.rstrip("\n")
+        if body:
+            self._emit(body)
+        self._newlines += len(text) - len(body)
 
     def _emit(self, text: str) -> None:
+        text, self._newlines = "\n" * self._newlines + text, 0
         if self.in_reasoning:
             self._sink.reasoning(text)
         else:

@@ -1,6 +1,7 @@
 """Properties of parsing: what was rendered comes back, cuts do not matter, nothing raises."""
 
 import json
+import time
 
 import pytest
 from hypothesis import example, given, settings
@@ -109,3 +110,40 @@ def test_a_marker_that_the_model_only_spells_out_is_text(v4, spelling):
     assert parsed["reasoning"] == f"It says {spelling} there."
     assert parsed["content"] == "Yes"
     assert parsed["reasoning_tokens"] == len(token_ids) - 2
+
+
+IN_CALL = f'<{D}tool_calls>\n<{D}invoke name="f">\n'
+
+
+@pytest.mark.parametrize(
+    ("head", "unit"),
+    [
+        ("x", "\n"),
+        ("x", "<"),
+        ("x", f"<{D}tool_calls"),
+        ("", "</think>"),
+        (f'<{D}tool_calls><{D}invoke name="', "abc"),
+        (IN_CALL, "abc"),
+        (IN_CALL, "\n"),
+        (f'{IN_CALL}<{D}parameter name="', "abc"),
+        (f'{IN_CALL}<{D}parameter name="k" ', "abc"),
+        (f'{IN_CALL}<{D}parameter name="k" string="true">', f"</{D}x"),
+        (f'{IN_CALL}<{D}parameter name="k" string="false">', "123,"),
+        (f"{IN_CALL}{{", "123,"),
+    ],
+)
+def test_endless_repetition_costs_the_same_per_token_from_beginning_to_end(head, unit):
+    parser = OutputParser(start_of(False), tools=True)
+    parser.feed_text(head)
+
+    def spend(count):
+        begin = time.process_time()
+        for _ in range(count):
+            parser.feed_text(unit)
+        return time.process_time() - begin
+
+    early = min(spend(2000) for _ in range(3))
+    spend(40_000)
+    late = min(spend(2000) for _ in range(3))
+    parser.finish("length")
+    assert late < 5 * early + 0.02
