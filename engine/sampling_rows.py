@@ -182,7 +182,7 @@ class SamplingRows:
         return torch.from_numpy(array).to(self._device, non_blocking=True)
 
     def _rows_with(self, feature: _Feature, count: int) -> NDArray[np.intp]:
-        return np.flatnonzero(self._features[:count] & feature)
+        return np.flatnonzero(self._features[:count] & feature.value)
 
     def _build(self, count: int) -> None:
         self._used = used = _Feature(int(np.bitwise_or.reduce(self._features[:count], initial=0)))
@@ -197,7 +197,7 @@ class SamplingRows:
 
     def _build_random(self, count: int) -> RandomRows:
         rows = self._random_rows = self._rows_with(_Feature.RANDOM, count)
-        sort = np.flatnonzero(self._features[rows] & _Feature.SORT)
+        sort = np.flatnonzero(self._features[rows] & _Feature.SORT.value)
         sorted_rows = rows[sort]
         any_min_p = bool(self._used & _Feature.MIN_P)
         return RandomRows(
