@@ -45,7 +45,7 @@ def decode(body: bytes, kind: type[T]) -> T:
     except msgspec.ValidationError as error:
         raise _explain(str(error)) from None
     except msgspec.DecodeError as error:
-        raise _syntax_error(body, error) from None
+        raise syntax_error(body, error) from None
     except UnicodeDecodeError as error:
         raise RequestError(f"The request body is not valid UTF-8 (byte {error.start}).") from None
     except RecursionError:
@@ -76,7 +76,8 @@ def dotted(path: str) -> str:
     return path.replace("[...]", "").replace("[", ".").replace("]", "").lstrip(".")
 
 
-def _syntax_error(body: bytes, error: msgspec.DecodeError) -> RequestError:
+def syntax_error(body: bytes, error: Exception) -> RequestError:
+    """What to tell the sender of a body that a JSON parser refused with `error`, naming the field where that helps."""
     plain = RequestError(f"The request body is not valid JSON: {error}.")
     if len(body) > _MAX_EXPLAINED_BYTES:
         return plain

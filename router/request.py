@@ -6,6 +6,7 @@ from typing import Any
 
 import orjson
 
+from api.body import syntax_error
 from runtime.errors import RequestError
 
 _numbers = itertools.count(1)
@@ -33,7 +34,7 @@ class Request:
         try:
             fields = orjson.loads(raw)
         except orjson.JSONDecodeError as error:
-            raise RequestError(f"The request body is not valid JSON: {error}.") from None
+            raise syntax_error(raw, error) from None
         if not isinstance(fields, dict):
             raise RequestError("The request body is not a JSON object.")
         if "kv_transfer_params" in fields:

@@ -155,6 +155,9 @@ class Cluster:
             program.start()
         try:
             await self.wait_proven()
+            for node in [*self.prefill, *self.decode]:
+                await wait_healthy(node.url, 60, self.programs)
+            await self.wait_joined()
         except BaseException:
             await self.__aexit__()
             raise
@@ -166,6 +169,18 @@ class Cluster:
 
     async def wait_proven(self, deadline_s: float = 60.0) -> None:
         await wait_healthy(self.url, deadline_s, self.programs)
+
+    async def wait_joined(self, deadline_s: float = 30.0) -> None:
+        """Until the router knows every node."""
+        deadline = time.monotonic() + deadline_s
+        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=5)) as session:
+            while True:
+                async with session.get(f"{self.url}/workers") as response:
+                    text = await response.text()
+                if all(node.url in text for node in [*self.prefill, *self.decode]):
+                    return
+                assert time.monotonic() < deadline, f"not all nodes joined: {text}"
+                await asyncio.sleep(0.1)
 
     async def wait_idle(self, deadline_s: float = 30.0) -> None:
         """Until nothing is held, received or quarantined on any rank of any node that runs: the audit from outside."""
