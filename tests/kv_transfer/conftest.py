@@ -33,6 +33,7 @@ class Peer:
         hello = self._answer(30.0)
         self.address: str = hello["address"]
         self.epoch: str = hello["epoch"]
+        self.format_digest: str = hello["digest"]
 
     def do(self, command: str, *args: Any, timeout_s: float = 30.0) -> Any:
         assert self.process.stdin is not None

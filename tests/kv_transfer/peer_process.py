@@ -26,15 +26,16 @@ class Rank:
         # Poison: what nobody wrote is 0xA5.
         self.pages = np.full((setup["num_pages"], page_bytes), 0xA5, dtype=np.uint8)
         self.slots = np.full((setup["num_slots"], slot_bytes), 0xA5, dtype=np.uint8)
+        self.format = StateFormat(
+            model_fingerprint=setup["fingerprint"],
+            layout={"regions": []},
+            page_bytes=page_bytes,
+            slot_bytes=slot_bytes,
+            page_tokens=256,
+        )
         self.agent = TransferAgent(
             msgspec.convert(setup["config"], TransferConfig),
-            StateFormat(
-                model_fingerprint=setup["fingerprint"],
-                layout={"regions": []},
-                page_bytes=page_bytes,
-                slot_bytes=slot_bytes,
-                page_tokens=256,
-            ),
+            self.format,
             pages=MemoryRegion(self.pages.ctypes.data, page_bytes, setup["num_pages"]),
             slots=MemoryRegion(self.slots.ctypes.data, slot_bytes, setup["num_slots"]),
             rank=0,
@@ -43,7 +44,7 @@ class Rank:
         self.agent.start(20.0)
 
     def hello(self) -> dict:
-        return {"address": self.agent.address, "epoch": self.agent.epoch}
+        return {"address": self.agent.address, "epoch": self.agent.epoch, "digest": self.format.digest}
 
     def fill(self, pages: list[int], slot: int | None, seed: int) -> None:
         """Content that names its record: no two records of one seed are equal."""

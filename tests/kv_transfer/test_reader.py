@@ -1,0 +1,197 @@
+"""The reader's bookkeeping, with an engine whose reads end when the test says so."""
+
+import asyncio
+
+import pytest
+
+from kv_transfer.mooncake import ReadState
+from kv_transfer.pieces import Piece
+from kv_transfer.reader import Reader, ReadGroup
+from kv_transfer.stats import TransferCounters
+from kv_transfer.threads import DaemonThreads
+from runtime.errors import TransferError
+
+
+class ScriptedEngine:
+    """Takes reads and ends them on command. Complains about ids that are not in flight, as the real one crashes."""
+
+    def __init__(self) -> None:
+        self.states: dict[int, ReadState] = {}
+        self.pieces: dict[int, Piece] = {}
+        self.refusals = 0
+        self._next = 1
+
+    def submit(self, session_id: str, piece: Piece) -> int:
+        if self.refusals:
+            self.refusals -= 1
+            raise TransferError(f"refused by {session_id}")
+        read_id = self._next
+        self._next += 1
+        self.states[read_id], self.pieces[read_id] = ReadState.PENDING, piece
+        return read_id
+
+    def poll(self, read_id: int) -> ReadState:
+        state = self.states[read_id]
+        if state is not ReadState.PENDING:
+            del self.states[read_id]
+        return state
+
+    def end(self, state: ReadState = ReadState.DONE, count: int | None = None) -> None:
+        for read_id in list(self.states)[:count]:
+            self.states[read_id] = state
+
+
+class Bench:
+    def __init__(self, window: int = 4) -> None:
+        self.now = 0.0
+        self.engine = ScriptedEngine()
+        self.counters = TransferCounters()
+        self.reader = Reader(
+            self.engine,  # type: ignore[arg-type]
+            window=window,
+            clock=lambda: self.now,
+            threads=DaemonThreads(),
+            counters=self.counters,
+            wake=lambda: None,
+        )
+        self.ended: list[ReadGroup] = []
+
+    def start(self, count: int, session_id: str = "peer:1") -> ReadGroup:
+        pieces = [Piece(4096 * (n + 1), 8192 * (n + 1), 4096) for n in range(count)]
+        group = ReadGroup(session_id, pieces, self.ended.append)
+        self.reader.start(group)
+        return group
+
+    async def pump(self) -> None:
+        """Until nothing moves; first contacts happen in a thread."""
+        for _ in range(50):
+            self.reader.pump()
+            self.reader.check_integrity()
+            await asyncio.sleep(0.002 if self.reader.num_in_flight and not self.engine.states else 0)
+
+
+@pytest.fixture
+def bench() -> Bench:
+    return Bench()
+
+
+async def test_no_more_reads_are_in_flight_than_the_window_holds(bench):
+    group = bench.start(10)
+    await bench.pump()
+    assert bench.reader.num_in_flight == 4
+    for _ in range(3):
+        bench.engine.end()
+        await bench.pump()
+    assert bench.ended == [group]
+    assert (group.failure, group.num_bytes) == (None, 40960)
+    assert not bench.reader.busy
+
+
+async def test_only_one_read_is_submitted_until_a_session_is_open(bench):
+    bench.start(3)
+    bench.start(3, "peer:2")
+    bench.reader.pump()
+    assert bench.reader.num_in_flight == 1
+    await bench.pump()
+    assert bench.reader.num_in_flight == 4
+
+
+async def test_a_failed_read_is_tried_again_and_its_group_fails_when_it_keeps_failing(bench):
+    group = bench.start(2)
+    await bench.pump()
+    bench.engine.end(ReadState.FAILED, 1)
+    await bench.pump()
+    assert bench.ended == []
+    bench.engine.end()
+    await bench.pump()
+    assert bench.ended == [group]
+    assert group.failure is None
+    assert bench.counters.reads_failed == 1
+
+    hopeless = bench.start(2)
+    for _ in range(3):
+        await bench.pump()
+        bench.engine.end(ReadState.FAILED)
+    await bench.pump()
+    assert bench.ended[1:] == [hopeless]
+    assert "4096 bytes from peer:1 failed, try 3" in (hopeless.failure or "")
+
+
+async def test_a_group_that_failed_or_was_dropped_ends_only_when_its_last_read_has(bench):
+    group = bench.start(10)
+    await bench.pump()
+    group.drop()
+    await bench.pump()
+    assert bench.ended == []
+    bench.engine.end(count=3)
+    await bench.pump()
+    assert bench.ended == []
+    bench.engine.end(ReadState.FAILED)
+    await bench.pump()
+    assert bench.ended == [group]
+    assert group.failure == "dropped"
+    assert bench.counters.reads_submitted == 4
+
+
+async def test_a_submit_that_the_engine_refuses_counts_as_a_failed_read(bench):
+    bench.engine.refusals = 3
+    group = bench.start(1)
+    await bench.pump()
+    assert bench.ended == [group]
+    assert group.failure is not None
+
+
+async def test_a_peer_that_does_not_answer_holds_nobody_else_up(bench):
+    stuck = bench.start(2, "stuck:1")
+    await bench.pump()
+    other = bench.start(6, "other:1")
+    await bench.pump()
+    for _ in range(6):
+        for read_id, piece in bench.engine.pieces.items():
+            if read_id in bench.engine.states and read_id > 2:
+                bench.engine.states[read_id] = ReadState.DONE
+                assert piece.num_bytes == 4096
+        await bench.pump()
+    assert bench.ended == [other]
+    assert not stuck.over
+
+
+async def test_a_session_is_wedged_only_if_reads_fail_while_its_peer_answers(bench):
+    async def fail_once() -> None:
+        bench.now += 10.0
+        bench.start(1)
+        await bench.pump()
+        bench.engine.end(ReadState.FAILED)
+        await bench.pump()
+
+    def wedged(answers: bool) -> bool:
+        return bench.reader.is_wedged("peer:1", answers, 3)
+
+    for _ in range(5):
+        await fail_once()
+    assert bench.reader.failing_sessions() == ["peer:1"]
+    assert not wedged(False), "the peer was away"
+    for _ in range(5):
+        await fail_once()
+    assert not wedged(True), "whether it was away before is not known"
+    assert bench.reader.failing_sessions() == []
+    for failures in range(1, 4):
+        await fail_once()
+        assert wedged(True) == (failures == 3)
+    bench.start(1)
+    await bench.pump()
+    for _ in range(4):
+        bench.engine.end()
+        await bench.pump()
+    assert bench.reader.failing_sessions() == []
+
+
+async def test_a_session_of_a_peer_that_left_is_forgotten_once_it_is_quiet(bench):
+    group = bench.start(1)
+    await bench.pump()
+    bench.reader.forget("peer:1")
+    assert bench.reader.oldest_submitted == 0.0
+    bench.engine.end()
+    await bench.pump()
+    assert bench.ended == [group]
+    assert bench.reader._sessions == {}
