@@ -20,6 +20,7 @@ log = logging.getLogger(__name__)
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,256}")
+_METHODS = frozenset(("GET", "HEAD", "POST", "DELETE", "OPTIONS", "PUT", "PATCH"))
 _JSON_TYPE = re.compile(r"application/(?:[\w.+-]+\+)?json", re.IGNORECASE)
 
 
@@ -45,7 +46,8 @@ def around(keys: ApiKeys) -> Middleware:
             context.metrics.http_in_flight -= 1
             resource = request.match_info.route.resource
             path = resource.canonical if resource is not None else "unknown"
-            context.metrics.http_requests.labels(request.method, path, str(status)).inc()
+            method = request.method if request.method in _METHODS else "other"
+            context.metrics.http_requests.labels(method, path, str(status)).inc()
         return response
 
     return middleware

@@ -4,6 +4,7 @@ cancellation (aiohttp cancels the handler, and leaving the generation's scope ab
 import asyncio
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Protocol
 
 from aiohttp import web
@@ -52,37 +53,42 @@ async def send_events(
     pulse = _Pulse(generation, keepalive_s)
     response: web.StreamResponse | None = None
     try:
+        data = b""
         while generation.running:
-            arrived = await generation.wait()
-            data = writer.feed(arrived) if arrived else b""
-            if not arrived and pulse.is_due():
-                data = KEEP_ALIVE
-            if response is None:
-                if not arrived and not data:
-                    continue
-                response = await _open(request, headers)
-                data = writer.start() + data
-            if data:
+            if response is not None and data:
                 await response.write(data)
                 pulse.sent()
+            arrived = await generation.wait()
+            data = writer.feed(arrived)
+            if not arrived and pulse.is_due():
+                data = KEEP_ALIVE
+            if response is None and (arrived or data):
+                response = await _open(request, headers)
+                data = writer.start() + data
         if response is None:
             response = await _open(request, headers)
-        await response.write_eof(writer.end())
+        await response.write_eof(data + writer.end())
     except ConnectionResetError:
         # The client went away while we wrote; the caller's scope aborts the generation.
-        assert response is not None
+        if response is None:
+            raise
     except Exception as error:
         if response is None:
             raise
-        if isinstance(error, TandemError):
-            log.warning("request %s failed while streaming: %s", request.get(REQUEST_ID), error)
-        else:
-            log.exception("request %s failed while streaming", request.get(REQUEST_ID))
+        _log_failure(request, error)
         generation.close()
-        await response.write_eof(writer.error(Problem(error)))
+        with suppress(ConnectionResetError):
+            await response.write_eof(writer.error(Problem(error)))
     finally:
         pulse.stop()
     return response
+
+
+def _log_failure(request: web.Request, error: Exception) -> None:
+    if isinstance(error, TandemError):
+        log.warning("request %s failed while streaming: %s", request.get(REQUEST_ID), error)
+    else:
+        log.exception("request %s failed while streaming", request.get(REQUEST_ID))
 
 
 async def _open(request: web.Request, headers: Mapping[str, str]) -> web.StreamResponse:

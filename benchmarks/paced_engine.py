@@ -21,10 +21,14 @@ MAX_MODEL_LEN = 1 << 20
 
 
 class Pace(msgspec.Struct, frozen=True):
-    """How the engine runs: one token per request every `period_s`; the first id of the time tokens."""
+    """How the engine runs: one token per request every `period_s`.
+
+    The token is one of `num_ticks` from `first_time_id` on, by the time of day; with one tick it is always the same.
+    """
 
     period_s: float
     first_time_id: int
+    num_ticks: int = TICKS_PER_S
 
 
 def timing_tokenizer() -> Tokenizer:
@@ -51,9 +55,9 @@ def timing_tokenizer() -> Tokenizer:
     return Tokenizer(spec, "timing tokenizer")
 
 
-def time_id(first_time_id: int) -> int:
+def time_id(pace: Pace) -> int:
     """The token that says now."""
-    return first_time_id + int(time.monotonic() * TICKS_PER_S) % TICKS_PER_S
+    return pace.first_time_id + int(time.monotonic() * TICKS_PER_S) % pace.num_ticks
 
 
 def added_ms(text: bytes, now: float) -> float:
@@ -93,7 +97,7 @@ def run(address: ChannelAddress, pace: Pace) -> None:
             next_step = now
         elif now >= next_step:
             next_step = max(next_step + pace.period_s, now)
-            channel.send(StepOutput(_step(left, time_id(pace.first_time_id))))
+            channel.send(StepOutput(_step(left, time_id(pace))))
 
 
 def _step(left: dict[str, int], token_id: int) -> tuple[Tokens, ...]:
@@ -103,5 +107,5 @@ def _step(left: dict[str, int], token_id: int) -> tuple[Tokens, ...]:
         finished = not left[request_id]
         if finished:
             del left[request_id]
-        outputs.append(Tokens(request_id, (token_id,), finish_reason="length" if finished else None, prompt_tokens=1))
+        outputs.append(Tokens(request_id, (token_id,), finish_reason="length" if finished else None))
     return tuple(outputs)

@@ -4,8 +4,8 @@
 
 Valid bodies of every endpoint are mutated at random: values replaced by ones of another kind or size, keys removed or
 added, bytes flipped; some clients leave before their answer is complete. The engine process behind the API generates
-without a model (`benchmarks.paced_engine`). Memory is the API process's resident size, compared between the first
-tenth of the requests, when caches have filled, and the end.
+without a model (`benchmarks.paced_engine`). Memory is the resident size of the API process: it grows while bounded
+caches fill (responses, prompt pieces, grammars) and must then stay.
 """
 
 import argparse
@@ -149,8 +149,8 @@ class Outcome(msgspec.Struct):
 
     statuses: Counter[str]
     faults: list[str]
-    rss_early: int = 0
-    rss_end: int = 0
+    rss: list[int]
+    """Bytes after each tenth of the requests."""
     seconds: float = 0.0
     still_running: int = 0
 
@@ -163,15 +163,15 @@ def rss_bytes(pid: int) -> int:
 
 async def soak(base_url: str, pid: int, num_requests: int, concurrency: int, seed: int) -> Outcome:
     """Send everything and say what came back."""
-    outcome = Outcome(Counter(), [])
+    outcome = Outcome(Counter(), [], [])
     numbers = iter(range(num_requests))
     connector = aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(base_url, connector=connector) as session:
 
         async def client() -> None:
             for number in numbers:
-                if number == num_requests // 10:
-                    outcome.rss_early = rss_bytes(pid)
+                if number and number % (num_requests // 10) == 0:
+                    outcome.rss.append(rss_bytes(pid))
                 dice = random.Random(f"{seed}/{number}")
                 path, body = dice.choice(VALID)
                 raw = json.dumps(body).encode() if dice.random() < 0.3 else mutate(dice, body)
@@ -186,7 +186,7 @@ async def soak(base_url: str, pid: int, num_requests: int, concurrency: int, see
         await asyncio.sleep(0.5)
         async with session.get("/load") as response:
             outcome.still_running = (await response.json())["server_load"]
-    outcome.rss_end = rss_bytes(pid)
+    outcome.rss.append(rss_bytes(pid))
     return outcome
 
 
@@ -229,8 +229,8 @@ def main() -> int:
     outcome = run(options.requests, options.concurrency, options.seed)
     print(f"{options.requests} requests in {outcome.seconds:.1f} s ({options.requests / outcome.seconds:.0f}/s)")
     print("answers: " + ", ".join(f"{status}: {count}" for status, count in sorted(outcome.statuses.items())))
-    print(f"resident memory: {outcome.rss_early / 2**20:.1f} MiB after a tenth, {outcome.rss_end / 2**20:.1f} MiB "
-          f"at the end; still running: {outcome.still_running}")  # fmt: skip
+    print("MiB resident after each tenth: " + ", ".join(f"{rss / 2**20:.1f}" for rss in outcome.rss))
+    print(f"still running: {outcome.still_running}")
     for fault in outcome.faults:
         print(fault)
     return 1 if outcome.faults or outcome.still_running else 0

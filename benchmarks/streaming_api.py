@@ -17,6 +17,7 @@ import tempfile
 import time
 from functools import partial
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any, cast
 
 import orjson
@@ -27,6 +28,7 @@ from prometheus_client import CollectorRegistry
 from api.app import build_app
 from api.backend import EngineInfo
 from api.settings import ApiSettings
+from api.tokenizer import Tokenizer
 from benchmarks.paced_engine import MAX_MODEL_LEN, Pace, added_ms, run, timing_tokenizer
 from node.engine_client import NodeEngineClient
 from node.engine_process import EngineProcess
@@ -44,23 +46,33 @@ def cores() -> tuple[set[int], set[int]]:
     return {usable[0]}, set(usable[1:]) or {usable[0]}
 
 
-def serve(address_of: Connection, period_s: float, max_model_len: int = MAX_MODEL_LEN) -> None:
-    """The API process: tells its port, serves until its parent goes."""
-    uvloop.run(_serve(address_of, period_s, max_model_len))
+def serve(
+    address_of: Connection,
+    period_s: float,
+    max_model_len: int = MAX_MODEL_LEN,
+    checkpoint: str | None = None,
+    one_core: bool = False,
+) -> None:
+    """The API process: tells its port, serves until its parent goes. `checkpoint`: the folder of another tokenizer."""
+    uvloop.run(_serve(address_of, period_s, max_model_len, checkpoint, one_core))
 
 
-async def _serve(address_of: Connection, period_s: float, max_model_len: int) -> None:
-    tokenizer = timing_tokenizer()
+async def _serve(
+    address_of: Connection, period_s: float, max_model_len: int, checkpoint: str | None, one_core: bool
+) -> None:
+    tokenizer = timing_tokenizer() if checkpoint is None else Tokenizer.load(Path(checkpoint))
     first_time_id = tokenizer.token_id("0000")
-    assert first_time_id is not None
+    pace = Pace(period_s, tokenizer.encode("a")[0], 1) if first_time_id is None else Pace(period_s, first_time_id)
     info = EngineInfo(model_id="paced", max_model_len=max_model_len, vocab_size=tokenizer.vocab_size, role="standalone")
     api_cores, other_cores = cores()
     with tempfile.TemporaryDirectory(prefix="tandem-bench-") as directory:
-        engine = EngineProcess("paced", ChannelAddress(directory, 0), run, Pace(period_s, first_time_id))
-        os.sched_setaffinity(0, other_cores)
+        engine = EngineProcess("paced", ChannelAddress(directory, 0), run, pace)
+        if one_core:
+            os.sched_setaffinity(0, other_cores)
         engine.start()
         await engine.wait_ready(30.0)
-        os.sched_setaffinity(0, api_cores)
+        if one_core:
+            os.sched_setaffinity(0, api_cores)
         client = NodeEngineClient(info, [engine], lambda _: None)
         app = build_app(client, tokenizer, ApiSettings(max_concurrent_requests=1 << 20), CollectorRegistry())
         runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
@@ -144,7 +156,7 @@ async def measure(address: tuple[str, int], pid: int, path: str, num_streams: in
 async def main(options: argparse.Namespace) -> None:
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    server = context.Process(target=serve, args=(theirs, options.period_ms / 1000), daemon=False)
+    server = context.Process(target=serve, args=(theirs, options.period_ms / 1000), kwargs={"one_core": True})
     server.start()
     os.sched_setaffinity(0, cores()[1])
     try:
