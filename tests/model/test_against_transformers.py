@@ -55,8 +55,8 @@ CONFIGS = {
         "compress_ratios": (4, 16, 4, 16, 4, 16, 0),
     },
 }
-NUM_TOKENS = 150
-CHUNKS = {"at once": [NUM_TOKENS], "ragged": [1, 3, 7, 2, 10, 5, 33, 16, 1, 47], "decode": [1]}
+NUM_TOKENS = 100
+CHUNKS = {"at once": [NUM_TOKENS], "ragged": [1, 3, 7, 2, 10, 5, 33, 16, 1, 22], "decode": [1]}
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -9,14 +9,14 @@ from model.config import ModelConfig
 from model.transformer import Transformer
 from tests.model.helpers import Pools, Request, batch_of, pools, random_model, small_config, step
 
-LENGTHS = [1, 3, 4, 5, 15, 16, 17, 64, 66, 127, 128, 131, 255, 257]
+LENGTHS = [1, 3, 4, 5, 7, 8, 15, 16, 17, 67, 127, 128, 131, 255]
 HOW = {
     "float32, plain, f32 rows": ({}, "f32", "f32"),
     "float32, released, fp8 rows": ({"numerics": "released"}, "fp8", "mxfp4"),
     "bfloat16, released, fp8 rows": ({"numerics": "released", "dtype": torch.bfloat16}, "fp8", "fp8"),
     "bfloat16, plain, bf16 rows": ({"dtype": torch.bfloat16}, "bf16", "bf16"),
 }
-DECODED = 6
+DECODED = 4
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def _differ_only_in_stale_bytes(source: Pools, target: Pools) -> bool:
     )
 
 
-@pytest.mark.parametrize("poison", [0x00, 0x7F, 0xFF])
+@pytest.mark.parametrize("poison", [0x7F, 0xFF])
 def test_stale_bytes_are_never_read(setup: tuple[Transformer, str, str], poison: int) -> None:
     model, row_format, index_format = setup
     clean = pools(model.config, row_format, index_format, poison=0)
@@ -112,7 +112,7 @@ def test_plain_prefill_in_chunks_equals_prefill_at_once(config: ModelConfig, len
 
 def test_a_token_has_the_same_bits_in_every_batch(setup: tuple[Transformer, str, str]) -> None:
     model, row_format, index_format = setup
-    lengths = [1, 5, 16, 40, 66, 100, 128, 300]
+    lengths = [1, 5, 16, 40, 66, 100, 128, 260]
 
     def prefilled() -> tuple[Pools, list[Request]]:
         state = pools(model.config, row_format, index_format, num_pages=20, num_slots=8)
@@ -126,7 +126,7 @@ def test_a_token_has_the_same_bits_in_every_batch(setup: tuple[Transformer, str,
     together, requests = prefilled()
     packed = step(model, together.views, [(r, prompt(n)) for r, n in zip(requests, lengths, strict=True)])
     assert torch.equal(packed, torch.cat(first))
-    for _ in range(6):
+    for _ in range(4):
         tokens = [[length % 160] for length in lengths]
         packed = step(model, together.views, list(zip(requests, tokens, strict=True)))
         single = [step(model, alone.views, [(r, t)]) for r, t in zip(alone_requests, tokens, strict=True)]
