@@ -5,7 +5,7 @@ import logging
 from aiohttp import web
 from prometheus_client import CollectorRegistry
 
-from api import admin, anthropic, openai_chat, openai_completions, openapi, probes, responses, tokenize
+from api import admin, anthropic, openai_chat, openai_completions, openapi, probes, responses, token_generate, tokenize
 from api.auth import ApiKeys
 from api.backend import EngineClient
 from api.context import CONTEXT, Context
@@ -69,6 +69,7 @@ def add_routes(app: web.Application) -> None:
         ("/ping", probes.health),
         ("/v1/chat/completions", openai_chat.chat_completions),
         ("/v1/completions", openai_completions.completions),
+        ("/inference/v1/generate", token_generate.generate),
         ("/v1/responses", responses.responses),
         ("/v1/responses/{response_id}/cancel", responses.cancel_response),
         ("/v1/messages", anthropic.messages),

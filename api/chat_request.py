@@ -11,7 +11,7 @@ from api.chat_mode import Mode, resolve_mode
 from api.chat_output import ChatOutput
 from api.constraints import chat_constraint, check_formats, format_text_of
 from api.context import CONTEXT, Context
-from api.handoff import first_token_body, leg_of
+from api.handoff import Leg, first_token_body, leg_of
 from api.prompts import encode_rendered
 from api.sampling import LogprobsWanted, check, check_logprobs, check_max_tokens, stop_strings
 from api.schema import ChatBody, NamedToolChoice
@@ -30,6 +30,7 @@ class PreparedChat(msgspec.Struct, frozen=True, kw_only=True):
     model: str
     rendered: RenderedPrompt
     submission: Submission
+    leg: Leg
     headers: dict[str, str]
     """For the response."""
 
@@ -60,7 +61,7 @@ async def prepare_chat(request: web.Request, body: ChatBody, *, response_id: str
         default_max_tokens=context.settings.default_max_tokens,
         constraint=constraint,
     )
-    return PreparedChat(body=body, model=model, rendered=rendered, submission=submission, headers=headers)
+    return PreparedChat(body=body, model=model, rendered=rendered, submission=submission, leg=leg, headers=headers)
 
 
 def asked_tokens(body: ChatBody) -> tuple[str, int | None]:

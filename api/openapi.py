@@ -12,6 +12,7 @@ from api.anthropic_schema import CountBody, MessagesBody
 from api.context import CONTEXT
 from api.responses_schema import ResponsesBody
 from api.schema import ChatBody, CompletionBody
+from api.token_generate import GenerateBody
 from api.tokenize import DetokenizeBody, TokenizeBody
 
 _BODIES: dict[str, tuple[str, type[msgspec.Struct], bool]] = {
@@ -20,6 +21,7 @@ _BODIES: dict[str, tuple[str, type[msgspec.Struct], bool]] = {
     "/v1/messages": ("Answer a chat (Anthropic).", MessagesBody, True),
     "/v1/messages/count_tokens": ("Count a prompt's tokens (Anthropic).", CountBody, False),
     "/v1/responses": ("Answer a chat (Responses).", ResponsesBody, True),
+    "/inference/v1/generate": ("Generate token ids from token ids.", GenerateBody, True),
     "/v1/chat/completions/render": ("The ids a chat is generated from.", ChatBody, False),
     "/v1/completions/render": ("The ids a completion is generated from.", CompletionBody, False),
     "/tokenize": ("Text or a chat to ids.", TokenizeBody, False),

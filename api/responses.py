@@ -44,7 +44,7 @@ async def responses(request: web.Request) -> web.StreamResponse:
             created=context.unix_time(),
             model=prepared.model,
             body=body,
-            store=body.store is not False and context.store.is_enabled,
+            store=body.store is not False and context.store.is_enabled and prepared.leg.kind != "prefill",
         )
 
         def keep(response: dict[str, Any]) -> None:
