@@ -9,12 +9,12 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
 import msgspec
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+from llguidance import LLMatcher, LLParserLimits
 
 from api.grammar_formats import first_line
 from api.grammar_tokens import grammar_tokenizer
 from api.tokenizer import Tokenizer
-from runtime.errors import RequestError
+from runtime.errors import Overloaded, RequestError
 
 CHECK_TIMEOUT_S: Final = 10.0
 """A grammar that is not compiled by then is refused. Includes the wait for other requests' grammars."""
@@ -53,42 +53,50 @@ class GrammarChecker:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._ll: LLTokenizer | None = None
         self._problems: OrderedDict[str, str] = OrderedDict()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="grammar")
+        # The library holds the GIL while it reads the vocabulary: better now than when the first request needs it.
+        self._vocabulary = self._thread.submit(grammar_tokenizer, tokenizer)
 
     async def check(self, constraint: Constraint, param: str) -> bytes:
-        """The constraint as the engine takes it. Raises RequestError, naming `param`, if it cannot be enforced."""
+        """The constraint as the engine takes it.
+
+        Raises RequestError, naming `param`, if it cannot be enforced, and Overloaded when too many others wait.
+        """
         key = f"{constraint.prefix}\0{constraint.grammar}"
         problem = self._problems.get(key)
         if problem is None:
-            loop = asyncio.get_running_loop()
-            try:
-                async with asyncio.timeout(CHECK_TIMEOUT_S):
-                    problem = await loop.run_in_executor(self._thread, self._problem, constraint)
-            except TimeoutError:
-                problem = f"did not compile within {CHECK_TIMEOUT_S:g} s"
-            self._problems[key] = problem
-            if len(self._problems) > REMEMBERED:
-                self._problems.popitem(last=False)
+            problem = await self._compile(key, constraint)
         else:
             self._problems.move_to_end(key)
         if problem:
             raise RequestError(f"{param}: cannot be enforced: {problem}", param=param)
         return encode_constraint(constraint)
 
-    def find_problem(self, grammar: str) -> str:
-        """What is wrong with a grammar; empty when nothing is. Blocks while it compiles."""
-        return self._problem(Constraint(grammar=grammar))
-
     def close(self) -> None:
         """End the compiling thread."""
         self._thread.shutdown(wait=False, cancel_futures=True)
 
-    def _problem(self, constraint: Constraint) -> str:
-        if self._ll is None:
-            self._ll = grammar_tokenizer(self._tokenizer)
-        matcher = LLMatcher(self._ll, constraint.grammar, log_level=0, limits=parser_limits())
+    async def _compile(self, key: str, constraint: Constraint) -> str:
+        """What is wrong with a grammar; empty when nothing is."""
+        job = self._thread.submit(self._problem, key, constraint)
+        try:
+            async with asyncio.timeout(CHECK_TIMEOUT_S):
+                problem = await asyncio.wrap_future(job)
+        except TimeoutError:
+            if not job.running():
+                raise Overloaded(f"grammars wait longer than {CHECK_TIMEOUT_S:g} s to be compiled") from None
+            return f"did not compile within {CHECK_TIMEOUT_S:g} s"
+        self._problems[key] = problem
+        if len(self._problems) > REMEMBERED:
+            self._problems.popitem(last=False)
+        return problem
+
+    def _problem(self, key: str, constraint: Constraint) -> str:
+        known = self._problems.get(key)
+        if known is not None:
+            return known  # compiled while this one waited for its turn
+        matcher = LLMatcher(self._vocabulary.result(), constraint.grammar, log_level=0, limits=parser_limits())
         if not matcher.is_error() and constraint.prefix:
             matcher.consume_tokens(self._tokenizer.encode_plain(constraint.prefix))
             if matcher.is_error():

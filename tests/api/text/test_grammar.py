@@ -1,5 +1,6 @@
 import json
 import random
+import threading
 import time
 
 import jsonschema
@@ -23,7 +24,7 @@ from api.grammar_matcher import GrammarMatchers
 from api.grammar_request import GrammarPlanner
 from api.grammar_tags import structural_tag_format
 from api.parse import OutputParser
-from runtime.errors import RequestError
+from runtime.errors import Overloaded, RequestError
 from tests.api.text.outputs import collect
 
 THINKING, PLAIN = Mode(thinking=True, effort="high"), Mode(thinking=False)
@@ -378,6 +379,19 @@ async def test_a_checked_grammar_is_not_compiled_again(planner):
     assert time.perf_counter() - start < 0.1
 
 
+async def test_a_queue_of_grammars_that_is_too_long_is_no_fault_of_the_grammar(small, monkeypatch):
+    monkeypatch.setattr("api.grammar.CHECK_TIMEOUT_S", 0.05)
+    planner = GrammarPlanner(small)
+    release = threading.Event()
+    planner._checker._thread.submit(release.wait, 10)
+    with pytest.raises(Overloaded, match="wait longer"):
+        await planner.for_text(json_object_format(), "f")
+    release.set()
+    monkeypatch.setattr("api.grammar.CHECK_TIMEOUT_S", 10)
+    assert await planner.for_text(json_object_format(), "f")
+    planner.close()
+
+
 def test_bytes_that_are_no_constraint_are_refused(matchers):
     with pytest.raises(RequestError):
         matchers(b"\x00nonsense")
@@ -448,6 +462,6 @@ async def test_v4_tokens_follow_a_grammar_quickly(v4, v4_folder):
         assert row[token_id // 32] >> (token_id % 32) & 1
         matcher.accept(token_id)
     assert matcher.is_done
-    assert sorted(times)[len(times) // 2] < 0.005
+    assert sorted(times)[len(times) // 2] < 0.02
     planner.close()
     matchers.close()

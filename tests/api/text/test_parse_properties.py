@@ -47,7 +47,7 @@ def output_of(tokenizer, message, *, thinking):
     return whole[len(prompt) :], start_of(thinking)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(reasoning=text, content=text, calls=calls, thinking=st.booleans(), data=st.data())
 def test_a_rendered_message_is_parsed_back(v4, small, reasoning, content, calls, thinking, data):
     message = AssistantMessage(
