@@ -10,6 +10,7 @@ import os
 
 import triton
 import triton.language as tl
+from triton.language.extra import libdevice
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -37,6 +38,15 @@ def from_exponent_byte(byte):
 def sigmoid(x):
     """float32; far below zero it stays the smallest normal numbers instead of overflowing on the way."""
     return 1.0 / (1.0 + tl.exp(-tl.maximum(x, -87.0)))
+
+
+@triton.jit
+def reciprocal(x, INTERPRET: tl.constexpr):
+    """1 / x to one or two units in the last place, for normal x."""
+    if INTERPRET:
+        return 1.0 / x
+    else:
+        return libdevice.fast_dividef(1.0, x)
 
 
 @triton.jit

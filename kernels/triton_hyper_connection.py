@@ -2,8 +2,8 @@
 
 T tokens, S = 4 streams, D hidden (a multiple of 128), streams bf16. The seam between two sublayers, post then pre:
 
-1. A program takes a block of tokens and a slice of channels: writes the new streams, and multiplies them by its columns
-   of fn on the tensor cores, leaving a partial product and a partial square sum. The streams are exact in bf16, fn goes
+1. A program takes a block of tokens and a slice of channels: writes the new streams, and multiplies them by its part of
+   fn on the tensor cores, leaving a partial product and a partial square sum. The streams are exact in bf16, fn goes
    in as two bf16 halves, so the product is good to 2^-17 of each term, better than tf32.
 2. A program per token adds the parts, forms the four input weights and the normed input from the streams (still in L2);
    beside them, programs of 32 tokens run Sinkhorn, one token a lane, all sixteen numbers in registers.
@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.hyper_connection import HyperSettings, HyperWeights, Mix
-from kernels.triton_common import INTERPRET, dot_operand, sigmoid, to_bf16
+from kernels.triton_common import INTERPRET, dot_operand, reciprocal, sigmoid, to_bf16
 from kernels.triton_fp8_gemm import num_multiprocessors
 
 STREAMS = 4
@@ -39,124 +39,115 @@ def _post_project_kernel(
     token = (tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)
     live = token < num_tokens
     part = tl.program_id(1)
-    inner = tl.arange(0, CHANNELS)
-    first = part * steps * CHANNELS
-    if POST:
-        for step in range(steps):
-            channel = first + step * CHANNELS + inner
-            place = token[:, None] * 4 * hidden + channel[None, :]
-            x0 = tl.load(streams + place, mask=live[:, None], other=0.0).to(tl.float32)
-            x1 = tl.load(streams + place + hidden, mask=live[:, None], other=0.0).to(tl.float32)
-            x2 = tl.load(streams + place + 2 * hidden, mask=live[:, None], other=0.0).to(tl.float32)
-            x3 = tl.load(streams + place + 3 * hidden, mask=live[:, None], other=0.0).to(tl.float32)
+    column = tl.arange(0, COLUMNS)
+    product = tl.zeros((TOKENS, COLUMNS), tl.float32)
+    square = tl.zeros((TOKENS,), tl.float32)
+    for step in range(steps):
+        channel = (part * steps + step) * CHANNELS + tl.arange(0, CHANNELS)
+        place = token[:, None] * 4 * hidden + channel[None, :]
+        if POST:
+            x0 = tl.load(streams + place, mask=live[:, None], other=0.0)
+            x1 = tl.load(streams + place + hidden, mask=live[:, None], other=0.0)
+            x2 = tl.load(streams + place + 2 * hidden, mask=live[:, None], other=0.0)
+            x3 = tl.load(streams + place + 3 * hidden, mask=live[:, None], other=0.0)
             o = tl.load(output + token[:, None] * hidden + channel[None, :], mask=live[:, None], other=0.0)
             for target in tl.static_range(4):
                 row = comb + token * 16 + target
                 mixed = tl.load(post + token * 4 + target, mask=live, other=0.0)[:, None] * o.to(tl.float32)
-                mixed += tl.load(row, mask=live, other=0.0)[:, None] * x0
-                mixed += tl.load(row + 4, mask=live, other=0.0)[:, None] * x1
-                mixed += tl.load(row + 8, mask=live, other=0.0)[:, None] * x2
-                mixed += tl.load(row + 12, mask=live, other=0.0)[:, None] * x3
+                mixed += tl.load(row, mask=live, other=0.0)[:, None] * x0.to(tl.float32)
+                mixed += tl.load(row + 4, mask=live, other=0.0)[:, None] * x1.to(tl.float32)
+                mixed += tl.load(row + 8, mask=live, other=0.0)[:, None] * x2.to(tl.float32)
+                mixed += tl.load(row + 12, mask=live, other=0.0)[:, None] * x3.to(tl.float32)
                 tl.store(new_streams + place + target * hidden, to_bf16(mixed, INTERPRET), mask=live[:, None])
+            if PROJECT:
+                tl.debug_barrier()  # the product reads back, through L2, what this program has just written
+        if PROJECT:
+            for target in range(4):
+                stream = tl.load(new_streams + place + target * hidden, mask=live[:, None], other=0.0)
+                fn_place = (column[:, None] * 4 + target) * hidden + channel[None, :]
+                weight = tl.load(fn + fn_place, mask=(column < NUM)[:, None], other=0.0)
+                high = to_bf16(weight, INTERPRET)
+                low = to_bf16(weight - high.to(tl.float32), INTERPRET)
+                operand = dot_operand(stream, INTERPRET)
+                product = tl.dot(operand, tl.trans(dot_operand(high, INTERPRET)), product)
+                product = tl.dot(operand, tl.trans(dot_operand(low, INTERPRET)), product)
+                wide = stream.to(tl.float32)
+                square += tl.sum(wide * wide, axis=1)
     if PROJECT:
-        if POST:
-            tl.debug_barrier()  # the product reads back, through L2, what this program has just written
-        column = tl.arange(0, COLUMNS)
-        product = tl.zeros((TOKENS, COLUMNS), tl.float32)
-        square = tl.zeros((TOKENS,), tl.float32)
-        for step in range(4 * steps):
-            feature = (step // steps) * hidden + first + (step % steps) * CHANNELS + inner
-            stream = tl.load(
-                new_streams + token[:, None] * 4 * hidden + feature[None, :], mask=live[:, None], other=0.0
-            )
-            weight = tl.load(
-                fn + column[:, None] * 4 * hidden + feature[None, :], mask=(column < NUM)[:, None], other=0.0
-            )
-            high = to_bf16(weight, INTERPRET)
-            low = to_bf16(weight - high.to(tl.float32), INTERPRET)
-            operand = dot_operand(stream, INTERPRET)
-            product = tl.dot(operand, tl.trans(dot_operand(high, INTERPRET)), product)
-            product = tl.dot(operand, tl.trans(dot_operand(low, INTERPRET)), product)
-            wide = stream.to(tl.float32)
-            square += tl.sum(wide * wide, axis=1)
         result = tl.where(column[None, :] == NUM, square[:, None], product)
         target_row = parts + (part.to(tl.int64) * num_tokens + token[:, None]) * COLUMNS + column[None, :]
         tl.store(target_row, result, mask=live[:, None])
 
 
 @triton.jit
-def _sum_parts(parts, token, column, num_tokens, num_parts, COLUMNS: tl.constexpr, PARTS: tl.constexpr):
-    """One column of one token."""
-    part = tl.arange(0, PARTS)
-    place = (part.to(tl.int64) * num_tokens + token) * COLUMNS + column
-    return tl.sum(tl.load(parts + place, mask=part < num_parts, other=0.0), axis=0)
-
-
-@triton.jit
-def _mix_column(parts, scale, base, column, token, live, factor, num_tokens, num_parts,
-                COLUMNS: tl.constexpr, PARTS: tl.constexpr):  # fmt: skip
+def _mix_column(sums, scale, base, column, token, live, factor, COLUMNS: tl.constexpr):
     """One mix of a block of tokens, scaled and shifted."""
-    part = tl.arange(0, PARTS)
-    place = (part[:, None].to(tl.int64) * num_tokens + token[None, :]) * COLUMNS + column
-    total = tl.sum(tl.load(parts + place, mask=(part < num_parts)[:, None] & live[None, :], other=0.0), axis=0)
-    return total * factor * tl.load(scale + column) + tl.load(base + column)
+    value = tl.load(sums + token * COLUMNS + column, mask=live, other=0.0)
+    return value * factor * tl.load(scale + column) + tl.load(base + column)
 
 
 @triton.jit
-def _normalised(a, b, c, d, eps):
-    inverse = 1.0 / (a + b + c + d + eps)
+def _normalised(a, b, c, d, eps, INTERPRET: tl.constexpr):
+    inverse = reciprocal(a + b + c + d + eps, INTERPRET)
     return a * inverse, b * inverse, c * inverse, d * inverse
 
 
 @triton.jit
-def _softmax(a, b, c, d, eps):
+def _softmax(a, b, c, d, eps, INTERPRET: tl.constexpr):
     top = tl.maximum(tl.maximum(a, b), tl.maximum(c, d))
     a, b, c, d = tl.exp(a - top), tl.exp(b - top), tl.exp(c - top), tl.exp(d - top)
-    inverse = 1.0 / (a + b + c + d)
+    inverse = reciprocal(a + b + c + d, INTERPRET)
     return a * inverse + eps, b * inverse + eps, c * inverse + eps, d * inverse + eps
 
 
 @triton.jit
-def _mix(parts, scale, base, post, comb, token, num_tokens, num_parts, features, hc_eps, norm_eps, iterations,
-         COLUMNS: tl.constexpr, PARTS: tl.constexpr):  # fmt: skip
+def _mix(parts, sums, scale, base, post, comb, token, num_tokens, num_parts, features, hc_eps, norm_eps, iterations,
+         COLUMNS: tl.constexpr, MIX_TOKENS: tl.constexpr, INTERPRET: tl.constexpr):  # fmt: skip
     live = token < num_tokens
-    part = tl.arange(0, PARTS)
-    place = (part[:, None].to(tl.int64) * num_tokens + token[None, :]) * COLUMNS + 24
-    square = tl.sum(tl.load(parts + place, mask=(part < num_parts)[:, None] & live[None, :], other=0.0), axis=0)
-    factor = tl.rsqrt(square / features + norm_eps)
+    column = tl.arange(0, COLUMNS)
+    total = tl.zeros((MIX_TOKENS, COLUMNS), tl.float32)
+    for first in range(0, num_parts, 8):
+        part = first + tl.arange(0, 8)
+        place = (part[:, None, None].to(tl.int64) * num_tokens + token[None, :, None]) * COLUMNS + column[None, None, :]
+        inside = (part < num_parts)[:, None, None] & live[None, :, None]
+        total += tl.sum(tl.load(parts + place, mask=inside, other=0.0), axis=0)
+    # Through memory from rows of mixes to one vector per mix, a token a lane.
+    tl.store(sums + token[:, None] * COLUMNS + column[None, :], total, mask=live[:, None])
+    tl.debug_barrier()
+    factor = tl.rsqrt(tl.load(sums + token * COLUMNS + 24, mask=live, other=1.0) / features + norm_eps)
     for stream in tl.static_range(4):
-        value = _mix_column(parts, scale, base, 4 + stream, token, live, factor, num_tokens, num_parts, COLUMNS, PARTS)
+        value = _mix_column(sums, scale, base, 4 + stream, token, live, factor, COLUMNS)
         tl.store(post + token * 4 + stream, 2.0 * sigmoid(value), mask=live)
-    m00 = _mix_column(parts, scale, base, 8, token, live, factor, num_tokens, num_parts, COLUMNS, PARTS)
-    m01 = _mix_column(parts, scale, base, 9, token, live, factor, num_tokens, num_parts, COLUMNS, PARTS)
-    m02 = _mix_column(parts, scale, base, 10, token, live, factor, num_tokens, num_parts, COLUMNS, PARTS)
-    m03 = _mix_column(parts, scale, base, 11, token, live, factor, num_tokens, num_parts, COLUMNS, PARTS)
-    m10 = _mix_column(parts, scale, base, 12, token, live, factor, num_tokens, num_parts, COLUMNS, PARTS)
-    m11 = _mix_column(parts, scale, base, 13, token, live, factor, num_tokens, num_parts, COLUMNS, PARTS)
-    m12 = _mix_column(parts, scale, base, 14, token, live, factor, num_tokens, num_parts, COLUMNS, PARTS)
-    m13 = _mix_column(parts, scale, base, 15, token, live, factor, num_tokens, num_parts, COLUMNS, PARTS)
-    m20 = _mix_column(parts, scale, base, 16, token, live, factor, num_tokens, num_parts, COLUMNS, PARTS)
-    m21 = _mix_column(parts, scale, base, 17, token, live, factor, num_tokens, num_parts, COLUMNS, PARTS)
-    m22 = _mix_column(parts, scale, base, 18, token, live, factor, num_tokens, num_parts, COLUMNS, PARTS)
-    m23 = _mix_column(parts, scale, base, 19, token, live, factor, num_tokens, num_parts, COLUMNS, PARTS)
-    m30 = _mix_column(parts, scale, base, 20, token, live, factor, num_tokens, num_parts, COLUMNS, PARTS)
-    m31 = _mix_column(parts, scale, base, 21, token, live, factor, num_tokens, num_parts, COLUMNS, PARTS)
-    m32 = _mix_column(parts, scale, base, 22, token, live, factor, num_tokens, num_parts, COLUMNS, PARTS)
-    m33 = _mix_column(parts, scale, base, 23, token, live, factor, num_tokens, num_parts, COLUMNS, PARTS)
-    m00, m01, m02, m03 = _softmax(m00, m01, m02, m03, hc_eps)
-    m10, m11, m12, m13 = _softmax(m10, m11, m12, m13, hc_eps)
-    m20, m21, m22, m23 = _softmax(m20, m21, m22, m23, hc_eps)
-    m30, m31, m32, m33 = _softmax(m30, m31, m32, m33, hc_eps)
+    m00 = _mix_column(sums, scale, base, 8, token, live, factor, COLUMNS)
+    m01 = _mix_column(sums, scale, base, 9, token, live, factor, COLUMNS)
+    m02 = _mix_column(sums, scale, base, 10, token, live, factor, COLUMNS)
+    m03 = _mix_column(sums, scale, base, 11, token, live, factor, COLUMNS)
+    m10 = _mix_column(sums, scale, base, 12, token, live, factor, COLUMNS)
+    m11 = _mix_column(sums, scale, base, 13, token, live, factor, COLUMNS)
+    m12 = _mix_column(sums, scale, base, 14, token, live, factor, COLUMNS)
+    m13 = _mix_column(sums, scale, base, 15, token, live, factor, COLUMNS)
+    m20 = _mix_column(sums, scale, base, 16, token, live, factor, COLUMNS)
+    m21 = _mix_column(sums, scale, base, 17, token, live, factor, COLUMNS)
+    m22 = _mix_column(sums, scale, base, 18, token, live, factor, COLUMNS)
+    m23 = _mix_column(sums, scale, base, 19, token, live, factor, COLUMNS)
+    m30 = _mix_column(sums, scale, base, 20, token, live, factor, COLUMNS)
+    m31 = _mix_column(sums, scale, base, 21, token, live, factor, COLUMNS)
+    m32 = _mix_column(sums, scale, base, 22, token, live, factor, COLUMNS)
+    m33 = _mix_column(sums, scale, base, 23, token, live, factor, COLUMNS)
+    m00, m01, m02, m03 = _softmax(m00, m01, m02, m03, hc_eps, INTERPRET)
+    m10, m11, m12, m13 = _softmax(m10, m11, m12, m13, hc_eps, INTERPRET)
+    m20, m21, m22, m23 = _softmax(m20, m21, m22, m23, hc_eps, INTERPRET)
+    m30, m31, m32, m33 = _softmax(m30, m31, m32, m33, hc_eps, INTERPRET)
     for step in range(iterations):
         if step > 0:
-            m00, m01, m02, m03 = _normalised(m00, m01, m02, m03, hc_eps)
-            m10, m11, m12, m13 = _normalised(m10, m11, m12, m13, hc_eps)
-            m20, m21, m22, m23 = _normalised(m20, m21, m22, m23, hc_eps)
-            m30, m31, m32, m33 = _normalised(m30, m31, m32, m33, hc_eps)
-        m00, m10, m20, m30 = _normalised(m00, m10, m20, m30, hc_eps)
-        m01, m11, m21, m31 = _normalised(m01, m11, m21, m31, hc_eps)
-        m02, m12, m22, m32 = _normalised(m02, m12, m22, m32, hc_eps)
-        m03, m13, m23, m33 = _normalised(m03, m13, m23, m33, hc_eps)
+            m00, m01, m02, m03 = _normalised(m00, m01, m02, m03, hc_eps, INTERPRET)
+            m10, m11, m12, m13 = _normalised(m10, m11, m12, m13, hc_eps, INTERPRET)
+            m20, m21, m22, m23 = _normalised(m20, m21, m22, m23, hc_eps, INTERPRET)
+            m30, m31, m32, m33 = _normalised(m30, m31, m32, m33, hc_eps, INTERPRET)
+        m00, m10, m20, m30 = _normalised(m00, m10, m20, m30, hc_eps, INTERPRET)
+        m01, m11, m21, m31 = _normalised(m01, m11, m21, m31, hc_eps, INTERPRET)
+        m02, m12, m22, m32 = _normalised(m02, m12, m22, m32, hc_eps, INTERPRET)
+        m03, m13, m23, m33 = _normalised(m03, m13, m23, m33, hc_eps, INTERPRET)
     row = comb + token * 16
     tl.store(row, m00, mask=live)
     tl.store(row + 1, m01, mask=live)
@@ -178,7 +169,7 @@ def _mix(parts, scale, base, post, comb, token, num_tokens, num_parts, features,
 
 @triton.jit
 def _pre_kernel(
-    streams, parts, scale, base, norm_weight, inputs, post, comb, num_tokens, hidden, num_parts, features, hc_eps,
+    streams, parts, sums, scale, base, norm_weight, inputs, post, comb, num_tokens, hidden, num_parts, features, hc_eps,
     norm_eps, iterations, NUM: tl.constexpr, SCALES: tl.constexpr, NORM: tl.constexpr, MIX: tl.constexpr,
     MIX_TOKENS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
@@ -187,17 +178,19 @@ def _pre_kernel(
     mixers = tl.cdiv(num_tokens, MIX_TOKENS) if MIX else 0
     if program < mixers:
         block = (program * MIX_TOKENS + tl.arange(0, MIX_TOKENS)).to(tl.int64)
-        _mix(parts, scale, base, post, comb, block, num_tokens, num_parts, features, hc_eps, norm_eps, iterations,
-             COLUMNS, PARTS)  # fmt: skip
+        _mix(parts, sums, scale, base, post, comb, block, num_tokens, num_parts, features, hc_eps, norm_eps, iterations,
+             COLUMNS, MIX_TOKENS, INTERPRET)  # fmt: skip
     else:
         token = (program - mixers).to(tl.int64)
         channel = tl.arange(0, BLOCK)
         inside = channel < hidden
-        square = _sum_parts(parts, token, NUM, num_tokens, num_parts, COLUMNS, PARTS)
-        factor = tl.rsqrt(square / features + norm_eps)
+        part, column = tl.arange(0, PARTS), tl.arange(0, COLUMNS)
+        place = (part[:, None].to(tl.int64) * num_tokens + token) * COLUMNS + column[None, :]
+        mixes = tl.sum(tl.load(parts + place, mask=(part < num_parts)[:, None], other=0.0), axis=0)
+        factor = tl.rsqrt(tl.sum(tl.where(column == NUM, mixes, 0.0), axis=0) / features + norm_eps)
         total = tl.zeros((BLOCK,), tl.float32)
         for stream in tl.static_range(4):
-            value = _sum_parts(parts, token, stream, num_tokens, num_parts, COLUMNS, PARTS) * factor
+            value = tl.sum(tl.where(column == stream, mixes, 0.0), axis=0) * factor
             value = value * tl.load(scale + (stream if SCALES else 0)) + tl.load(base + stream)
             x = tl.load(streams + (token * 4 + stream) * hidden + channel, mask=inside, other=0.0).to(tl.float32)
             total += (sigmoid(value) + hc_eps) * x
@@ -211,12 +204,11 @@ def _pre_kernel(
 
 
 def _slices(num_tokens: int, hidden: int, device: torch.device) -> tuple[int, int]:
-    """(tokens a program takes, channel slices): about one program a multiprocessor, and few re-reads of fn."""
-    tokens = 16 if num_tokens <= 64 else 32 if num_tokens <= 256 else 64
-    blocks = triton.cdiv(num_tokens, tokens)
-    steps = hidden // CHANNELS
+    """(tokens a program takes, channel slices): two programs a multiprocessor or more."""
+    tokens = 16 if num_tokens <= 64 else 32
+    blocks, steps = triton.cdiv(num_tokens, tokens), hidden // CHANNELS
     slices = 1
-    while 2 * slices <= steps and steps % (2 * slices) == 0 and blocks * slices < num_multiprocessors(device) - 8:
+    while steps % (2 * slices) == 0 and blocks * slices < 2 * num_multiprocessors(device):
         slices *= 2
     return tokens, slices
 
@@ -247,7 +239,7 @@ def _run(
             parts if parts is not None else streams, num_tokens, hidden, hidden // CHANNELS // slices,
             POST=output is not None, PROJECT=weights is not None, NUM=weights.fn.shape[0] if weights is not None else 0,
             TOKENS=tokens, CHANNELS=CHANNELS, COLUMNS=COLUMNS, INTERPRET=INTERPRET,
-            num_warps=8 if tokens == 64 else 4, num_stages=3,
+            num_warps=4 if tokens == 16 else 8, num_stages=2,
         )  # fmt: skip
     return new, parts
 
@@ -261,16 +253,17 @@ def _finish(
     inputs = torch.empty(num_tokens, hidden, dtype=streams.dtype, device=device)
     post = torch.empty(num_tokens if with_mix else 0, STREAMS, dtype=torch.float32, device=device)
     comb = torch.empty(num_tokens if with_mix else 0, STREAMS, STREAMS, dtype=torch.float32, device=device)
+    sums = torch.empty(num_tokens if with_mix else 0, COLUMNS, dtype=torch.float32, device=device)
     if num_tokens:
         block = triton.next_power_of_2(hidden)
         mixers = triton.cdiv(num_tokens, MIX_TOKENS) if with_mix else 0
         _pre_kernel[(num_tokens + mixers,)](
-            streams, parts, weights.scale, weights.base, norm_weight if norm_weight is not None else parts, inputs,
-            post, comb, num_tokens, hidden, parts.shape[0], float(STREAMS * hidden), settings.hc_eps,
+            streams, parts, sums, weights.scale, weights.base, norm_weight if norm_weight is not None else parts,
+            inputs, post, comb, num_tokens, hidden, parts.shape[0], float(STREAMS * hidden), settings.hc_eps,
             settings.norm_eps, settings.iterations, NUM=weights.fn.shape[0], SCALES=weights.scale.shape[0] > 1,
             NORM=with_mix, MIX=with_mix, MIX_TOKENS=MIX_TOKENS, COLUMNS=COLUMNS,
             PARTS=triton.next_power_of_2(parts.shape[0]), BLOCK=block, INTERPRET=INTERPRET,
-            num_warps=max(1, min(8, block // 512)),
+            num_warps=max(1, min(4, block // 512)),
         )  # fmt: skip
     return inputs, Mix(post, comb)
 

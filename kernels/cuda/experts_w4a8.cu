@@ -25,21 +25,24 @@ constexpr int kUnitShiftBytes = kShiftBytes / 4;
 constexpr int kMaxExperts = 512;
 constexpr int kConsumers = 256;
 constexpr int kThreads = 384;
-constexpr int kSharedBudget = 225 * 1024;
+constexpr int kSharedLimit = 227 * 1024;  // of one block, static arrays included
 
 constexpr int round_up(int value, int multiple) { return (value + multiple - 1) / multiple * multiple; }
 
 template <int N, bool UP>
 struct Plan {
   static constexpr int kRowsBytes = N * kStageK;
-  static constexpr int kStageBytes = round_up(kRowsBytes + kWeightBytes + kShiftBytes + N * 4, 1024);
+  // The copy engine wants boxes to start on 16 bytes, so a stage holds up to three scales of rows before its own.
+  static constexpr int kScales = N + 4;
+  static constexpr int kStageBytes = round_up(kRowsBytes + kWeightBytes + kShiftBytes + kScales * 4, 1024);
   static constexpr int kOutputStride = UP ? 128 + 16 : (256 + 8) * 2;  // bytes of a staged output row, padded against bank conflicts
   static constexpr int kOutputBytes = round_up(N * kOutputStride, 1024);
-  static constexpr int kFixedBytes = 4096;  // tables and barriers
-  static constexpr int kFit = (kSharedBudget - kOutputBytes - kFixedBytes - 1024) / kStageBytes;
+  static constexpr int kFixedBytes = 1024;  // barriers and the decoding table
+  static constexpr int kStaticBytes = 2 * (kMaxExperts + 1) * 4 + 8 * N * 4 + 256;
+  static constexpr int kFit = (kSharedLimit - kStaticBytes - kOutputBytes - kFixedBytes - 1024) / kStageBytes;
   static constexpr int kStages = kFit > 12 ? 12 : kFit;
   static constexpr int kSharedBytes = kStages * kStageBytes + kOutputBytes + kFixedBytes + 1024;
-  static constexpr uint32_t kStageTransaction = kRowsBytes + kWeightBytes + kShiftBytes + N * 4;
+  static constexpr uint32_t kStageTransaction = kRowsBytes + kWeightBytes + kShiftBytes + kScales * 4;
   static_assert(kStages >= 3, "too few stages");
 };
 
@@ -123,7 +126,8 @@ __device__ __forceinline__ void promote(float (&total)[N / 2], const float (&par
                                         int lane) {
 #pragma unroll
   for (int j = 0; j < N / 8; ++j) {
-    const float2 scale = *reinterpret_cast<const float2*>(scales + 8 * j + 2 * (lane % 4));
+    const float* pair = scales + 8 * j + 2 * (lane % 4);
+    const float2 scale = make_float2(pair[0], pair[1]);
     total[4 * j] += partial[4 * j] * scale.x;
     total[4 * j + 1] += partial[4 * j + 1] * scale.y;
     total[4 * j + 2] += partial[4 * j + 2] * scale.x;
@@ -295,7 +299,7 @@ experts_kernel(const __grid_constant__ CUtensorMap rows_map, const __grid_consta
           tensor_load(target, &rows_map, k * kStageK, tile.first_row, &full[stage]);
           bulk_load(target + P::kRowsBytes, weights + static_cast<int64_t>(k) * (kWeightBytes + kShiftBytes),
                     kWeightBytes + kShiftBytes, &full[stage]);
-          tensor_load(target + P::kRowsBytes + kWeightBytes + kShiftBytes, &scales_map, tile.first_row, k, &full[stage]);
+          tensor_load(target + P::kRowsBytes + kWeightBytes + kShiftBytes, &scales_map, tile.first_row & ~3, k, &full[stage]);
           if (++stage == P::kStages) stage = 0, phase ^= 1;
         }
       }
@@ -310,15 +314,23 @@ experts_kernel(const __grid_constant__ CUtensorMap rows_map, const __grid_consta
       float total[2][N / 2];
 #pragma unroll
       for (int i = 0; i < N / 2; ++i) total[0][i] = total[1][i] = 0.0f;
+      uint32_t a[2][4][4];
+      const auto load_first = [&](int from) {
+        const uint8_t* source = stages + from * P::kStageBytes + P::kRowsBytes;
+        load_unit(a[0], source + 2 * group * kUnitBytes, source + kWeightBytes + 2 * group * kUnitShiftBytes, table, thread);
+      };
+      barrier_wait(&full[stage], phase);
+      load_first(stage);
       for (int k = 0; k < k_blocks; ++k) {
-        barrier_wait(&full[stage], phase);
         const uint8_t* source = stages + stage * P::kStageBytes;
         const uint8_t* codes = source + P::kRowsBytes + 2 * group * kUnitBytes;
         const uint8_t* shifts = source + P::kRowsBytes + kWeightBytes + 2 * group * kUnitShiftBytes;
-        const float* scales = reinterpret_cast<const float*>(source + P::kRowsBytes + kWeightBytes + kShiftBytes);
+        const float* scales =
+            reinterpret_cast<const float*>(source + P::kRowsBytes + kWeightBytes + kShiftBytes) + (tile.first_row & 3);
         const uint64_t rows = operand_descriptor(source);
-        uint32_t a[2][4][4];
-        load_unit(a[0], codes, shifts, table, thread);
+        const int next = stage + 1 == P::kStages ? 0 : stage + 1;
+        const uint32_t next_phase = next == 0 ? phase ^ 1 : phase;
+        // While the tensor cores work on one unit the next one is decoded, the first of the following stage included.
         if constexpr (N <= 64) {
           float partial[2][N / 2];
           multiply<N>(partial[0], a[0], rows);
@@ -326,6 +338,10 @@ experts_kernel(const __grid_constant__ CUtensorMap rows_map, const __grid_consta
           multiply<N>(partial[1], a[1], rows);
           wgmma_wait<1>();
           promote<N>(total[0], partial[0], scales, lane);
+          if (k + 1 < k_blocks) {
+            barrier_wait(&full[next], next_phase);
+            load_first(next);
+          }
           wgmma_wait<0>();
           promote<N>(total[1], partial[1], scales, lane);
         } else {
@@ -335,12 +351,16 @@ experts_kernel(const __grid_constant__ CUtensorMap rows_map, const __grid_consta
           wgmma_wait<0>();
           promote<N>(total[0], partial, scales, lane);
           multiply<N>(partial, a[1], rows);
+          if (k + 1 < k_blocks) {
+            barrier_wait(&full[next], next_phase);
+            load_first(next);
+          }
           wgmma_wait<0>();
           promote<N>(total[1], partial, scales, lane);
         }
         __syncwarp();
         if (lane == 0) barrier_arrive(&empty[stage]);
-        if (++stage == P::kStages) stage = 0, phase ^= 1;
+        stage = next, phase = next_phase;
       }
       if constexpr (UP) {
         finish_up<N>(total[0], total[1], arguments, tile.expert, tile.tile, tile.first_row, tile.num_rows, staged, amax_of,
@@ -407,7 +427,7 @@ extern "C" int experts_w4a8(int up, int block_rows, const void* rows, const floa
                      static_cast<uint64_t>(k_blocks) * kStageK, kStageK, block_rows, CU_TENSOR_MAP_SWIZZLE_128B);
   if (error != cudaSuccess) return error;
   error = encode(&scales_map, CU_TENSOR_MAP_DATA_TYPE_FLOAT32, row_scales, scale_stride, k_blocks,
-                 static_cast<uint64_t>(scale_stride) * 4, block_rows, 1, CU_TENSOR_MAP_SWIZZLE_NONE);
+                 static_cast<uint64_t>(scale_stride) * 4, block_rows + 4, 1, CU_TENSOR_MAP_SWIZZLE_NONE);
   if (error != cudaSuccess) return error;
   const Arguments arguments{weights, weight_scale, offsets, route_weight, output,       output_scale,
                             experts, tiles,        k_blocks, scale_stride, limit};

@@ -1,0 +1,146 @@
+"""Sparse attention from packed rows against its twin, on batches that mix long chunks and single tokens."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kernels.batch_index import BatchIndex
+from kernels.packed_rows import PackedRows, write_rows
+from kernels.sparse_attention import sparse_attention_ref
+from kernels.triton_sparse_attention import sparse_attention_triton, splits_for
+
+PAGE_TOKENS, RATIO = 32, 4
+
+
+def _pool(device, pages, rows, width, form) -> PackedRows:
+    """A layer's region inside larger records, poisoned: what nobody wrote is NaN."""
+    if form == "bf16":
+        record = torch.full((pages, rows * width + 64), torch.nan, dtype=torch.bfloat16, device=device)
+        data = record[:, 32 : 32 + rows * width].unflatten(1, (rows, width))
+        return PackedRows(format="bf16", width=width, rope_dim=64, data=data)
+    data_bytes, scale_bytes = width + 64, -(-(width - 64) // 64 // 8) * 8
+    size = rows * (data_bytes + scale_bytes)
+    record = torch.full((pages, -(-size // 128) * 128 + 256), 0xFF, dtype=torch.uint8, device=device)[:, 128:]
+    data = record[:, : rows * data_bytes].unflatten(1, (rows, data_bytes))
+    scales = record[:, rows * data_bytes : size].unflatten(1, (rows, scale_bytes))
+    return PackedRows(format="kv_fp8", width=width, rope_dim=64, data=data, scales=scales)
+
+
+def _case(generator, device, requests, *, heads, width, window, listed, form):
+    """requests: (tokens already there, new tokens) of each."""
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, device=device).bfloat16()
+
+    contexts, counts = [context for context, _ in requests], [count for _, count in requests]
+    starts = torch.tensor([0, *counts], dtype=torch.int32, device=device).cumsum(0).int()
+    num_tokens = int(starts[-1])
+    most_pages = max(-(-(context + count) // PAGE_TOKENS) for context, count in requests)
+    table = torch.randperm(len(requests) * most_pages, generator=generator, device=device).int()
+    index = BatchIndex(
+        token_request_T=torch.repeat_interleave(torch.tensor(counts, device=device)).int(),
+        positions_T=torch.cat([torch.arange(c, c + n, device=device) for c, n in requests]),
+        query_start=starts,
+        context_len_B=torch.tensor(contexts, dtype=torch.int32, device=device),
+        slot_ids_B=torch.randperm(len(requests) + 2, generator=generator, device=device)[: len(requests)].int(),
+        page_table=table.view(len(requests), most_pages),
+        page_tokens=PAGE_TOKENS,
+    )
+    ring = _pool(device, len(requests) + 2, window, width, form)
+    entries = _pool(device, len(requests) * most_pages, PAGE_TOKENS // RATIO, width, form)
+    chunk = ring.like(num_tokens)
+    every = torch.arange(num_tokens, device=device)
+    write_rows(chunk, torch.zeros_like(every), every, normal(num_tokens, width))
+    selected = torch.full((num_tokens, listed), -1, dtype=torch.int32, device=device)
+    for request, (context, count) in enumerate(requests):
+        kept = torch.arange(max(0, context - window), context, device=device)
+        slot = index.slot_ids_B[request].long().expand_as(kept)
+        write_rows(ring, slot, kept % window, normal(len(kept), width))
+        for token in range(count):
+            seen = (context + token + 1) // RATIO
+            number = torch.randperm(seen, generator=generator, device=device)[:listed].int()
+            place = torch.randperm(listed, generator=generator, device=device)[: len(number)]
+            selected[int(starts[request]) + token, place] = number
+        entry = torch.arange((context + count) // RATIO, device=device)
+        page, row = index.entry_location(torch.full_like(entry, request), entry, RATIO)
+        write_rows(entries, page.long(), row.long(), normal(len(entry), width))
+    query = 2 * normal(num_tokens, heads, width)
+    sink = torch.randn(heads, generator=generator, device=device)
+    return query, chunk, ring, sink, index, entries, selected
+
+
+def _relative(got, expected):
+    return float((got.double() - expected.double()).norm() / expected.double().norm().clamp(min=1e-30))
+
+
+BATCHES = {
+    "nothing": [(0, 0)],
+    "first token": [(0, 1)],
+    "decode": [(5, 1), (31, 1), (200, 1)],
+    "chunk": [(0, 18)],
+    "mixed": [(70, 2), (0, 3), (16, 1), (15, 3)],
+}
+
+
+@pytest.mark.parametrize("splits", [1, 4])
+@pytest.mark.parametrize("form", ["kv_fp8", "bf16"])
+@pytest.mark.parametrize("batch", BATCHES.values(), ids=BATCHES.keys())
+def test_attention_matches_the_reference(generator, device, batch, form, splits):
+    query, chunk, ring, sink, index, entries, selected = _case(
+        generator, device, batch, heads=5, width=128, window=16, listed=40, form=form
+    )
+    got = sparse_attention_triton(query, chunk, ring, sink, index, 128**-0.5, entries, selected, RATIO, splits)
+    expected = sparse_attention_ref(query.float(), chunk, ring, sink, index, 128**-0.5, entries, selected, RATIO)
+    assert got.shape == query.shape
+    assert _relative(got, expected) < 6e-3
+
+
+def test_a_layer_without_entries_attends_to_its_window(generator, device):
+    query, chunk, ring, sink, index, _, _ = _case(
+        generator, device, [(40, 2), (0, 3)], heads=8, width=128, window=20, listed=0, form="kv_fp8"
+    )
+    got = sparse_attention_triton(query, chunk, ring, sink, index, 0.1)
+    assert _relative(got, sparse_attention_ref(query.float(), chunk, ring, sink, index, 0.1)) < 6e-3
+
+
+def test_a_token_does_not_depend_on_its_batch(generator, device):
+    query, chunk, ring, sink, index, entries, selected = _case(
+        generator, device, [(50, 1), (90, 1), (3, 1)], heads=4, width=128, window=16, listed=24, form="kv_fp8"
+    )
+    whole = sparse_attention_triton(query, chunk, ring, sink, index, 0.1, entries, selected, RATIO, 1)
+    one = BatchIndex(
+        token_request_T=index.token_request_T[:1],
+        positions_T=index.positions_T[1:2],
+        query_start=index.query_start[:2],
+        context_len_B=index.context_len_B[1:2],
+        slot_ids_B=index.slot_ids_B[1:2],
+        page_table=index.page_table[1:2],
+        page_tokens=PAGE_TOKENS,
+    )
+    first = ring.like(1)
+    first.data.copy_(chunk.data[:, 1:2])
+    assert first.scales is not None
+    assert chunk.scales is not None
+    first.scales.copy_(chunk.scales[:, 1:2])
+    alone = sparse_attention_triton(query[1:2], first, ring, sink, one, 0.1, entries, selected[1:2], RATIO, 1)
+    assert torch.equal(alone[0], whole[1])
+
+
+def test_few_tokens_are_split_and_many_are_not():
+    cpu = torch.device("cpu")
+    assert splits_for(1, 640, cpu) == 2
+    assert splits_for(2, 640, cpu) == 1
+    assert splits_for(1, 128, cpu) == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("splits", [1, 2, 8])
+@pytest.mark.parametrize("batch", [[(700, 1), (3000, 1)], [(100, 70)]], ids=["decode", "chunk"])
+def test_attention_matches_at_the_released_size(generator, device, batch, splits):
+    query, chunk, ring, sink, index, entries, selected = _case(
+        generator, device, batch, heads=64, width=512, window=128, listed=512, form="kv_fp8"
+    )
+    got = sparse_attention_triton(query, chunk, ring, sink, index, 512**-0.5, entries, selected, RATIO, splits)
+    expected = sparse_attention_ref(query.float(), chunk, ring, sink, index, 512**-0.5, entries, selected, RATIO)
+    assert _relative(got, expected) < 6e-3
