@@ -319,15 +319,21 @@ class _Job:
             way = b"local"
             shared.proofs.record(None, leg.target, now)
         else:
-            shared.transfers.finish(self._transfer)
-            if self._prefill is not None and not self._prefill_ok:
-                self._prefill.leg.let_finish(now)
-                self._prefill = None
+            if self._transfer.choices == 1 or not answer.streamed:
+                self._finish_transfer(now)
             if way not in shared.metrics.ways:
                 way = b"handoff"
             if way == b"handoff":
                 shared.proofs.record(self._transfer.prefill, leg.target, now)
         shared.metrics.ways[way].inc()
+
+    def _finish_transfer(self, now: float) -> None:
+        """Every choice has its state. Prefill's own answer may be a moment behind."""
+        assert self._transfer is not None
+        self._shared.transfers.finish(self._transfer)
+        if self._prefill is not None and not self._prefill_ok:
+            self._prefill.leg.let_finish(now)
+            self._prefill = None
 
     async def _relay(self, answer: Answer) -> None:
         """Pass the stream on as it comes, in whole events."""
@@ -364,6 +370,9 @@ class _Job:
             else:
                 await self._wake.wait()
             data = exchange.take()
+        if self._transfer is not None and self._transfer.end is None:
+            # Several choices: the first event came from one of them, only the end says that all had their state.
+            self._finish_transfer(self._shared.clock())
         if rest := events.rest():
             await sink.write(rest)
         await sink.finish()

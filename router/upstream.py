@@ -320,8 +320,9 @@ class Origin:
             self._idle.pop(0).abandon()
 
     @property
-    def active(self) -> int:
-        return len(self._exchanges)
+    def unused(self) -> bool:
+        """Nothing runs and no connection is left."""
+        return not (self._exchanges or self._connections or self._dialling)
 
     async def close(self) -> None:
         """Close every connection; what is under way fails."""
@@ -354,16 +355,13 @@ class Upstream:
             while True:
                 await asyncio.sleep(TICK_S)
                 now = loop.time()
-                for origin in list(self._origins.values()):
+                for url, origin in list(self._origins.items()):
                     origin.tick(now)
+                    if origin.unused:
+                        del self._origins[url]
         finally:
             for origin in self._origins.values():
                 await origin.close()
-
-    async def drop(self, url: str) -> None:
-        """A node under this URL is gone for good: close what is left of it."""
-        if (origin := self._origins.pop(url, None)) is not None:
-            await origin.close()
 
     def check_integrity(self) -> None:
         """Raises AssertionError if a connection is both idle and at work, or an ended exchange is still tracked."""

@@ -113,6 +113,8 @@ class StandInNode:
         self.seen: list[tuple[dict[str, str], dict[str, Any]]] = []
         """Headers (lower case) and body of every request to generate."""
         self.released: list[str] = []
+        self.answer_delay_s = 0.0
+        """Prefill: from the state being there to the answer."""
         self.cancelled = 0
         self.running = 0
         self.queued_tokens = [0] * ranks
@@ -294,6 +296,7 @@ class StandInNode:
         if fault is not Fault.LOSE_STATE:
             for transfer_id in _wire_ids(params["transfer_id"], body):
                 await states.publish(transfer_id, _prompt_tokens(body))
+        await asyncio.sleep(self.answer_delay_s)
         return web.json_response({"usage": {"prompt_tokens": _prompt_tokens(body), "completion_tokens": 1}})
 
     async def _decode(

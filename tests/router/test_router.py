@@ -73,3 +73,25 @@ async def test_many_requests_at_once_leave_nothing_behind(stream):
         await it.settle()
         assert it.service.transfers.finished == 64
         assert it.service.transfers.released == 0
+
+
+async def test_with_several_choices_the_prefill_leg_lives_until_the_last_has_its_state():
+    async with cluster(pairs_of(1, 1, token_s=0.05)) as it:
+        prefill = it.prefills[0]
+        prefill.answer_delay_s = 0.2
+        asking = asyncio.create_task(it.stream(n=2, max_tokens=8))
+        await it.until(lambda: it.service.proofs.last > 0)
+        assert it.service.transfers.finished == 0
+        assert (await asking)[0] == 200
+        assert prefill.cancelled == 0
+        assert it.service.transfers.finished == 1
+        await it.settle()
+
+
+async def test_a_client_that_leaves_a_stream_of_several_choices_releases_them_all():
+    async with cluster(pairs_of(1, 1, token_s=0.05)) as it:
+        asking = asyncio.create_task(it.stream(n=2, max_tokens=100))
+        await it.until(lambda: it.service.proofs.last > 0)
+        asking.cancel()
+        await it.until(lambda: len(it.prefills[0].released) == 2)
+        await it.settle()
