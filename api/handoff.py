@@ -12,12 +12,13 @@ import msgspec
 from api.backend import EngineInfo
 from api.schema import ChatBody, KvTransferParams, SamplingBody
 from runtime.errors import RequestError
-from runtime.requests import ReceiveState, SendState
+from runtime.requests import LookUpState, ReceiveState, SendState
 
 Body = TypeVar("Body", bound=SamplingBody)
 
 _TRANSFER_ID = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
 _ADDRESS = re.compile(r"[^\s/]{1,255}:\d{1,5}")
+_BOOTSTRAP = re.compile(r"http://[^\s/]{1,255}:\d{1,5}/?")
 _EPOCH = re.compile(r"(?:[0-9a-fA-F]{32})?")
 
 
@@ -28,14 +29,21 @@ class Leg(msgspec.Struct, frozen=True, kw_only=True):
     transfer_id: str = ""
     source_address: str = ""
     source_epoch: str = ""
+    bootstrap_address: str = ""
+    """Set instead of `source_address` by routers that speak vLLM's protocol, with the name of one engine there."""
+    engine_id: str = ""
 
-    def handoff(self, choice: int, num_choices: int) -> SendState | ReceiveState | None:
+    def handoff(self, choice: int, num_choices: int) -> SendState | ReceiveState | LookUpState | None:
         """What the engine is told about choice `choice`: with several, each is a transfer of its own."""
         if self.kind == "local":
             return None
         transfer_id = self.transfer_id if num_choices == 1 else f"{self.transfer_id}-{choice}"
         if self.kind == "prefill":
             return SendState(transfer_id=transfer_id)
+        if self.bootstrap_address:
+            return LookUpState(
+                transfer_id=transfer_id, bootstrap_address=self.bootstrap_address, engine_id=self.engine_id
+            )
         return ReceiveState(transfer_id=transfer_id, source_address=self.source_address, source_epoch=self.source_epoch)
 
 
@@ -71,6 +79,17 @@ def leg_of(params: KvTransferParams | None, info: EngineInfo) -> Leg:
         raise _wrong("transfer_id must be 1 to 128 of the characters A-Z a-z 0-9 _ . : -", "transfer_id")
     if sends:
         return Leg(kind="prefill", transfer_id=params.transfer_id)
+    if params.remote_address is None and params.remote_bootstrap_addr is not None:
+        if not _BOOTSTRAP.fullmatch(params.remote_bootstrap_addr):
+            raise _wrong("remote_bootstrap_addr must be http://host:port", "remote_bootstrap_addr")
+        if not params.remote_engine_id:
+            raise _wrong("remote_engine_id is missing", "remote_engine_id")
+        return Leg(
+            kind="decode",
+            transfer_id=params.transfer_id,
+            bootstrap_address=params.remote_bootstrap_addr,
+            engine_id=params.remote_engine_id,
+        )
     if params.remote_address is None:
         raise _wrong("remote_address is missing", "remote_address")
     if not _ADDRESS.fullmatch(params.remote_address):

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.pools import StateHolding
-from runtime.requests import ReceiveState, SamplingParams, SendState, Submit, TokenLogprobs
+from runtime.requests import LookUpState, ReceiveState, SamplingParams, SendState, Submit, TokenLogprobs
 
 
 class Phase(enum.Enum):
@@ -93,6 +93,7 @@ class Request:
         self.request_id = submit.request_id
         self.sampling: SamplingParams = submit.sampling
         self.seed = submit.sampling.seed
+        assert not isinstance(submit.handoff, LookUpState), "the node looks states up before it submits"
         self.handoff: SendState | ReceiveState | None = submit.handoff
         """None once the request goes on alone: computed here, received, or computed again after a failure."""
         self.order = (submit.priority, arrival)

@@ -20,6 +20,9 @@ class NodeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     node_id: str = ""
     """Stable over restarts; empty: advertise_host:port."""
 
+    bootstrap_port: int | None = None
+    """Prefill nodes behind a router that speaks vLLM's Mooncake protocol: where it asks for `/query` (8998 there)."""
+
     data_parallel_size: int = 1
     """Engine processes, one per GPU."""
     enable_expert_parallel: bool = False

@@ -4,16 +4,22 @@ Implements `api.backend.EngineClient`. Runs on the event loop and owns every req
 its end, its failure, or the closing of its stream.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 
+import msgspec
+
 from api.backend import EngineInfo, TokenQueue, failure
+from node.bootstrap import Resolver
 from node.engine_process import EngineProcess
-from runtime.errors import EngineError, RequestError
+from runtime.errors import EngineError, RequestError, TransferError
 from runtime.requests import (
     Abort,
     EngineStats,
     FromEngine,
     Handover,
+    LookUpState,
+    ReceiveState,
     ReleaseTransfer,
     RequestFailed,
     ResetPrefixCache,
@@ -21,18 +27,28 @@ from runtime.requests import (
     Submit,
 )
 
+log = logging.getLogger(__name__)
+
 
 class NodeEngineClient:
     """All engine ranks of this node."""
 
     def __init__(
-        self, info: EngineInfo, engines: Sequence[EngineProcess], on_handover: Callable[[Handover], None]
+        self,
+        info: EngineInfo,
+        engines: Sequence[EngineProcess],
+        on_handover: Callable[[Handover], None],
+        *,
+        recompute: bool,
     ) -> None:
+        """`recompute`: a state whose source cannot be found is computed here instead."""
         self.info = info
         self._engines = engines
         self._streams: dict[str, tuple[TokenQueue, EngineProcess]] = {}
         self._next_rank = 0
         self._on_handover = on_handover
+        self._resolver = Resolver()
+        self._recompute = recompute
         for engine in engines:
             engine.on_message = self._on_message
 
@@ -50,6 +66,8 @@ class NodeEngineClient:
                 f"data-parallel rank {rank} does not exist: this node has ranks 0..{len(self._engines) - 1}",
                 param="x-data-parallel-rank",
             )
+        if isinstance(request.handoff, LookUpState):
+            request = msgspec.structs.replace(request, handoff=await self._look_up(request.handoff))
         if request.request_id in self._streams:
             raise RequestError(f"request id {request.request_id} is in use", param="request_id")
         engine = self._engines[rank]
@@ -59,6 +77,16 @@ class NodeEngineClient:
         self._streams[request.request_id] = (stream, engine)
         engine.send(request)
         return stream
+
+    async def _look_up(self, wanted: LookUpState) -> ReceiveState | None:
+        try:
+            address, epoch = await self._resolver.resolve(wanted.bootstrap_address, wanted.engine_id)
+        except TransferError as error:
+            if not self._recompute:
+                raise
+            log.warning("transfer %s: %s; computing the prompt here", wanted.transfer_id, error)
+            return None
+        return ReceiveState(transfer_id=wanted.transfer_id, source_address=address, source_epoch=epoch)
 
     def _abort(self, request_id: str) -> None:
         _, engine = self._streams.pop(request_id)

@@ -20,6 +20,7 @@ from api.app import build_app
 from api.backend import EngineInfo
 from api.tokenizer import Tokenizer
 from model.config import ModelConfig
+from node.bootstrap import serve_table
 from node.cluster_routes import add_cluster_routes
 from node.config import NodeConfig
 from node.engine_client import NodeEngineClient
@@ -73,13 +74,15 @@ async def serve(config: NodeConfig, role: Role, stopping: asyncio.Event) -> None
         )
         registry = CollectorRegistry()
         metrics = NodeMetrics(registry)
-        client = NodeEngineClient(info, engines, metrics.on_handover)
+        recompute = config.engine.kv_load_failure_policy == "recompute"
+        client = NodeEngineClient(info, engines, metrics.on_handover, recompute=recompute)
         join = describe(
             node_id=config.id,
             role="prefill" if role == "prefill" else "decode",
             http_url=config.http_url,
             model_id=model_id,
             ranks=ready,
+            bootstrap_port=config.bootstrap_port or 0,
             local_prefill=role != "prefill",
             version=info.version,
         )
@@ -88,6 +91,7 @@ async def serve(config: NodeConfig, role: Role, stopping: asyncio.Event) -> None
             engine.on_epoch = membership.epoch_changed
         app = build_app(client, tokenizer, config.api, registry)
         add_cluster_routes(app, membership, client)
+        bootstrap: web.AppRunner | None = None
         runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0)
         await runner.setup()
         try:
@@ -96,6 +100,10 @@ async def serve(config: NodeConfig, role: Role, stopping: asyncio.Event) -> None
                 await site.start()
             except OSError as error:
                 raise ConfigError(f"cannot listen on {config.host}:{config.port}: {error.strerror}") from None
+            if config.bootstrap_port is not None:
+                bootstrap = await serve_table(
+                    config.host, config.bootstrap_port, config.id, lambda: [engine.about for engine in engines]
+                )
             log.info("serving %s on %s: %d rank(s), max_model_len=%d", model_id, config.http_url, len(engines),
                      info.max_model_len)  # fmt: skip
             async with asyncio.TaskGroup() as group:
@@ -105,6 +113,8 @@ async def serve(config: NodeConfig, role: Role, stopping: asyncio.Event) -> None
                 await _drain(config, client, engines)
                 joined.cancel()
         finally:
+            if bootstrap is not None:
+                await bootstrap.cleanup()
             await runner.cleanup()
 
 

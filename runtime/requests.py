@@ -59,13 +59,22 @@ class ReceiveState(msgspec.Struct, frozen=True, tag="receive", kw_only=True):
     """The incarnation of that rank the router saw (32 hex digits), empty if unknown."""
 
 
+class LookUpState(msgspec.Struct, frozen=True, tag="look_up", kw_only=True):
+    """Decode, behind a router that names only an engine: the node finds the rank and makes a `ReceiveState` of it."""
+
+    transfer_id: str
+    bootstrap_address: str
+    """http://host:port of the prefill node's bootstrap table."""
+    engine_id: str
+
+
 class Submit(msgspec.Struct, frozen=True, tag="submit", kw_only=True):
     """API -> engine: a new request."""
 
     request_id: str
     prompt_ids: tuple[int, ...]
     sampling: SamplingParams
-    handoff: SendState | ReceiveState | None = None
+    handoff: SendState | ReceiveState | LookUpState | None = None
     """None: prefill and decode here."""
     generated_ids: tuple[int, ...] = ()
     """Tokens already generated elsewhere (a resumed stream): prefilled like the prompt, counted as output."""
