@@ -6,6 +6,8 @@ Bound by memory: one read and one write of x.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -21,7 +23,12 @@ def rms_norm_ref(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
 def inverse_rms(x: Tensor, eps: float) -> Tensor:
     """1 / sqrt(mean(x^2) + eps) over the last dimension, kept: float32 [..., D] -> [..., 1]."""
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return norm.square_().mul_(1.0 / x.shape[-1]).add_(eps).rsqrt_()
+    return torch.addcmul(_constant(eps, x.device), norm, norm, value=1.0 / x.shape[-1]).rsqrt_()
+
+
+@lru_cache(maxsize=8)
+def _constant(value: float, device: torch.device) -> Tensor:
+    return torch.tensor(value, dtype=torch.float32, device=device)
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:

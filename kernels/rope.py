@@ -21,6 +21,9 @@ def rope_ref(x: Tensor, cos: Tensor, sin: Tensor, *, inverse: bool = False) -> T
     half = cos.shape[-1]
     rotary = x[..., x.shape[-1] - 2 * half :]
     turn = torch.complex(cos, -sin if inverse else sin).view(cos.shape[0], *([1] * (x.dim() - 2)), half)
+    if x.dtype == torch.float32 and x.is_contiguous() and x.shape[-1] % 2 == 0:
+        torch.view_as_complex(rotary.unflatten(-1, (half, 2))).mul_(turn)
+        return x
     turned = torch.view_as_complex(rotary.float().unflatten(-1, (half, 2)).contiguous()) * turn
     rotary.copy_(torch.view_as_real(turned).flatten(-2))
     return x

@@ -18,5 +18,6 @@ def row_linear(x: Tensor, weight: Tensor) -> Tensor:
     rows = x.shape[:-1].numel()
     if x.is_cuda or rows >= MIN_ROWS or rows == 0:
         return functional.linear(x, weight)
-    repeated = torch.cat((x.reshape(rows, -1),) * -(-MIN_ROWS // rows))
-    return functional.linear(repeated, weight)[:rows].view(*x.shape[:-1], -1)
+    flat = x if x.dim() == 2 else x.reshape(rows, -1)
+    product = functional.linear(torch.cat((flat,) * -(-MIN_ROWS // rows)), weight)[:rows]
+    return product if x.dim() == 2 else product.view(*x.shape[:-1], -1)
