@@ -11,9 +11,10 @@ import grpc.aio
 
 from kv_transfer.agent_events import AgentEvent, EpochRenewed
 from kv_transfer.config import TransferConfig
+from kv_transfer.descriptor import DescriptorError, read_descriptor
 from kv_transfer.format import StateFormat
 from kv_transfer.messages import Hello
-from kv_transfer.mooncake import MooncakeEngine, engine_version
+from kv_transfer.mooncake import PROTOCOLS, MooncakeEngine, engine_version
 from kv_transfer.peers import Peers
 from kv_transfer.reader import Reader
 from kv_transfer.receiver import Receiver
@@ -21,7 +22,7 @@ from kv_transfer.regions import MemoryRegion, ReadBytes
 from kv_transfer.sender import Sender
 from kv_transfer.service import HandoffService
 from kv_transfer.stats import AgentStats, TransferCounters
-from kv_transfer.threads import DaemonThreads
+from kv_transfer.threads import run_in_thread
 from proto import handoff_pb2_grpc as pb_grpc
 from runtime.grpc import bind, open_server
 
@@ -61,7 +62,6 @@ class TransferCore:
         self._emit = emit
         self._clock = time.monotonic
         self._counters = TransferCounters()
-        self._threads = DaemonThreads()
         self._tasks: asyncio.TaskGroup
         self._work = asyncio.Event()
         self._stop = asyncio.Event()
@@ -148,9 +148,16 @@ class TransferCore:
     def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> None:
         self._tasks.create_task(work, name=name)
 
-    def _probe(self, session_id: str) -> "asyncio.Future[bool]":
-        engine = self._engine
-        return self._threads.run(lambda: engine.probe(session_id), "probe")
+    async def _probe(self, session_id: str) -> str | None:
+        """None if that transfer engine answers and uses our transport, else what is wrong with it."""
+        host, _, port = session_id.rpartition(":")
+        timeout_s = self.config.connect_timeout_s
+        try:
+            descriptor = await run_in_thread(lambda: read_descriptor(host, int(port), timeout_s), "probe")
+        except DescriptorError as error:
+            return f"the transfer engine does not answer: {error}"
+        protocol, wanted = descriptor.get("protocol"), PROTOCOLS[self.config.transport]
+        return None if protocol == wanted else f"the transfer engine {session_id} uses {protocol!r}, not {wanted!r}"
 
     def _hello(self) -> Hello:
         return Hello(
@@ -173,7 +180,6 @@ class TransferCore:
             self._engine,
             window=self.config.window,
             clock=self._clock,
-            threads=self._threads,
             counters=self._counters,
             wake=self._work.set,
         )
@@ -222,8 +228,7 @@ class TransferCore:
         while True:
             await asyncio.sleep(_WATCH_EVERY_S)
             reason = self._trouble() or await self._wedged()
-            # A call under way in a helper thread would have its engine destroyed under it.
-            if reason is not None and not self._threads.active:
+            if reason is not None and not self.receiver.reader.is_opening:
                 self._recreate_engine(reason)
 
     def _trouble(self) -> str | None:
@@ -241,10 +246,7 @@ class TransferCore:
             return None
         reader = self.receiver.reader
         for session_id in reader.failing_sessions():
-            try:
-                answers = await asyncio.wait_for(self._probe(session_id), self.config.connect_timeout_s)
-            except TimeoutError:
-                answers = False
+            answers = await self._probe(session_id) is None
             if reader.is_wedged(session_id, answers, _WEDGED_AFTER_FAILURES):
                 return f"reads from {session_id} fail although it answers"
         return None

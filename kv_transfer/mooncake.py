@@ -12,15 +12,13 @@ What this wraps, and why it looks the way it does:
 """
 
 import importlib.metadata
-import json
 import logging
 import os
-import socket
-import struct
 from enum import Enum
 from typing import Any
 
 from kv_transfer.config import TransferConfig
+from kv_transfer.descriptor import DescriptorError, read_descriptor
 from kv_transfer.pieces import Piece
 from kv_transfer.regions import MemoryRegion
 from runtime.errors import ConfigError, TransferError
@@ -28,14 +26,12 @@ from runtime.errors import ConfigError, TransferError
 log = logging.getLogger(__name__)
 
 _PACKAGES = ("mooncake-transfer-engine-cuda13", "mooncake-transfer-engine", "mooncake-transfer-engine-non-cuda")
-_PROTOCOLS = {"tcp": "tcp", "rdma": "rdma", "intra_node": "nvlink_intra"}
+PROTOCOLS = {"tcp": "tcp", "rdma": "rdma", "intra_node": "nvlink_intra"}
 """transport -> what the engine's descriptor says."""
 _FORBIDDEN = ("MC_TCP_PROTO", "MC_TCP_ENABLE_CONNECTION_POOL", "MC_DISABLE_METACACHE", "MC_FORCE_SHM", "MC_USE_TENT")
 """Completion before arrival; dozens of times slower; transfers that always fail; not compiled in."""
 _SET_BY_US = "TANDEM_TRANSFER_ENVIRONMENT"
 """Names of the variables a Tandem process set, so that its children do not take them for an operator's."""
-_DESCRIPTOR_TYPE = 1
-_MAX_DESCRIPTOR_BYTES = 1 << 20
 
 
 class ReadState(Enum):
@@ -143,13 +139,13 @@ def engine_version() -> str:
 
 
 class MooncakeEngine:
-    """One transfer engine with its registered regions. Every method but `probe` and `submit` returns at once."""
+    """One transfer engine with its registered regions. Every method but `submit` and `close` returns at once."""
 
     def __init__(self, config: TransferConfig, regions: tuple[MemoryRegion, ...]) -> None:
         """Raises ConfigError when the engine, a registration or the transport is not what the config asks for."""
         module = _load(config)
         self._engine: Any = module.TransferEngine()
-        protocol = _PROTOCOLS[config.transport]
+        protocol = PROTOCOLS[config.transport]
         if self._engine.initialize(config.host, "P2PHANDSHAKE", protocol, ",".join(config.devices)) != 0:
             raise ConfigError(
                 f"transport={config.transport}: the transfer engine did not start "
@@ -162,17 +158,13 @@ class MooncakeEngine:
         )
         if status != 0:
             raise ConfigError(f"registering {sum(r.num_bytes for r in regions)} bytes for transfer failed: {status}")
-        descriptor = read_descriptor(port, config.connect_timeout_s)
-        if descriptor.get("protocol") != protocol:
-            raise ConfigError(
-                f"transport={config.transport} is configured, but the transfer engine chose "
-                f"{descriptor.get('protocol')!r}"
-            )
+        try:
+            chosen = read_descriptor("127.0.0.1", port, config.connect_timeout_s).get("protocol")
+        except DescriptorError as error:
+            raise ConfigError(f"the transfer engine does not describe itself: {error}") from None
+        if chosen != protocol:
+            raise ConfigError(f"transport={config.transport} is configured, but the transfer engine chose {chosen!r}")
         log.info("transfer engine %s: %s over %s", self.session_id, engine_version(), config.transport)
-
-    def probe(self, session_id: str) -> bool:
-        """Whether the peer's handshake listener answers. May block for a minute: helper threads only."""
-        return bool(self._engine.send_probe(session_id) == 0)
 
     def submit(self, session_id: str, piece: Piece) -> int:
         """Start one read and return its id. TransferError if the engine does not take it.
@@ -200,31 +192,3 @@ class MooncakeEngine:
     def close(self) -> None:
         """Destroy the engine: no read into our memory, and none from it, goes on afterwards. About a second."""
         self._engine = None
-
-
-def read_descriptor(port: int, timeout_s: float) -> dict[str, Any]:
-    """What the local engine on `port` tells every peer: its regions and the protocol it really uses.
-
-    The listener frames a message as 8 bytes little-endian length, one type byte (counted in the length), and JSON.
-    """
-    with socket.create_connection(("127.0.0.1", port), timeout=timeout_s) as connection:
-        body = b"{}"
-        connection.sendall(struct.pack("<QB", len(body) + 1, _DESCRIPTOR_TYPE) + body)
-        header = _receive(connection, 9)
-        num_bytes = struct.unpack("<QB", header)[0] - 1
-        if not 0 < num_bytes <= _MAX_DESCRIPTOR_BYTES:
-            raise ConfigError(f"the transfer engine's descriptor has {num_bytes} bytes")
-        descriptor = json.loads(_receive(connection, num_bytes))
-    if not isinstance(descriptor, dict):
-        raise ConfigError(f"the transfer engine's descriptor is a {type(descriptor).__name__}")
-    return descriptor
-
-
-def _receive(connection: socket.socket, num_bytes: int) -> bytes:
-    chunks = bytearray()
-    while len(chunks) < num_bytes:
-        chunk = connection.recv(num_bytes - len(chunks))
-        if not chunk:
-            raise ConfigError("the transfer engine closed its handshake port while describing itself")
-        chunks += chunk
-    return bytes(chunks)

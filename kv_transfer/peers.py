@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import grpc
@@ -49,7 +49,7 @@ class PeerLink:
 
 
 class Peers:
-    """Owns all links. `probe(session_id)` says whether the peer's data path answers."""
+    """Owns all links. `probe(session_id)` says what is wrong with the peer's data path, None if nothing is."""
 
     def __init__(
         self,
@@ -57,7 +57,7 @@ class Peers:
         receiver: Receiver,
         *,
         my_hello: Callable[[], Hello],
-        probe: Callable[[str], "asyncio.Future[bool]"],
+        probe: Callable[[str], Awaitable[str | None]],
         spawn: Callable[..., object],
         clock: Callable[[], float],
     ) -> None:
@@ -167,13 +167,9 @@ class Peers:
 
     async def _reach(self, hello: Hello) -> None:
         """The control channel alone proves nothing about the data path."""
-        try:
-            async with asyncio.timeout(self._config.connect_timeout_s):
-                reachable = await self._probe(hello.session_id)
-        except TimeoutError:
-            raise TimeoutError(f"the transfer engine {hello.session_id} does not answer") from None
-        if not reachable:
-            raise TimeoutError(f"the transfer engine {hello.session_id} cannot be reached")
+        problem = await self._probe(hello.session_id)
+        if problem is not None:
+            raise _Refused(problem, retryable=True)
 
 
 def _explain(address: str, error: Exception) -> str:

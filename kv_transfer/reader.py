@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from kv_transfer.mooncake import MooncakeEngine, ReadState
 from kv_transfer.pieces import Piece
 from kv_transfer.stats import TransferCounters
-from kv_transfer.threads import DaemonThreads
+from kv_transfer.threads import run_in_thread
 from runtime.errors import TransferError
 
 log = logging.getLogger(__name__)
@@ -90,14 +90,12 @@ class Reader:
         *,
         window: int,
         clock: Callable[[], float],
-        threads: DaemonThreads,
         counters: TransferCounters,
         wake: Callable[[], None],
     ) -> None:
         self._engine = engine
         self._window = window
         self._clock = clock
-        self._threads = threads
         self._counters = counters
         self._wake = wake
         self._sessions: dict[str, _Session] = {}
@@ -115,6 +113,11 @@ class Reader:
     @property
     def busy(self) -> bool:
         return bool(self._groups)
+
+    @property
+    def is_opening(self) -> bool:
+        """A helper thread is inside the engine, which must not be destroyed meanwhile."""
+        return self._opening is not None
 
     @property
     def num_in_flight(self) -> int:
@@ -250,7 +253,7 @@ class Reader:
         self._opening = read
         read.group.in_flight += 1
         self._in_flight += 1
-        call = self._threads.run(lambda: self._engine.submit(read.group.session_id, read.piece), "first-contact")
+        call = run_in_thread(lambda: self._engine.submit(read.group.session_id, read.piece), "first-contact")
         call.add_done_callback(lambda done: self._opened(session, read, done))
 
     def _opened(self, session: _Session, read: _Read, call: "asyncio.Future[int]") -> None:

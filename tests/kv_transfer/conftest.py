@@ -6,7 +6,7 @@ import select
 import signal
 import subprocess
 import sys
-import time
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -89,9 +89,7 @@ class Peer:
         return self.process.wait(15)
 
 
-@pytest.fixture
-def spawn_peer() -> Iterator[Callable[..., Peer]]:
-    """Starts ranks: 64 KiB pages and 256 KiB slots unless told otherwise; keywords beyond sizes go to the config."""
+def _spawning() -> Iterator[Callable[..., Peer]]:
     peers: list[Peer] = []
 
     def spawn(
@@ -124,12 +122,13 @@ def spawn_peer() -> Iterator[Callable[..., Peer]]:
                 pipe.close()
 
 
-@pytest.fixture
-def eventually() -> Callable[[Callable[[], bool]], None]:
-    def wait(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
-        until = time.monotonic() + timeout_s
-        while not condition():
-            assert time.monotonic() < until, "it did not become true in time"
-            time.sleep(0.02)
+spawn_peer = pytest.fixture(_spawning, name="spawn_peer")
+"""Starts ranks: 64 KiB pages and 256 KiB slots unless told otherwise; keywords beyond sizes go to the config."""
 
-    return wait
+spawn_shared_peer = pytest.fixture(_spawning, name="spawn_shared_peer", scope="module")
+"""The same for ranks that serve all tests of a module."""
+
+
+@pytest.fixture
+def transfer_id() -> str:
+    return uuid.uuid4().hex

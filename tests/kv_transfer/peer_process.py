@@ -41,6 +41,7 @@ class Rank:
             rank=0,
         )
         self.backlog: deque[AgentEvent] = deque()
+        self.seen_bytes = 0
         self.agent.start(20.0)
 
     def hello(self) -> dict:
@@ -79,13 +80,29 @@ class Rank:
         found = [self.backlog.popleft() for _ in range(min(count, len(self.backlog)))]
         return [as_json(event) for event in found]
 
+    def mark(self) -> None:
+        """`wait_for_bytes` counts from here."""
+        self.seen_bytes = self.agent.stats().bytes_received
+
+    def settle(self) -> None:
+        """End what a test left open and forget its events."""
+        for transfer_id in [*self.agent._sends, *self.agent._receives]:
+            self.agent.release(transfer_id)
+        until = time.monotonic() + 10.0
+        while (self.agent._sends or self.agent._receives) and time.monotonic() < until:
+            self.agent.poll()
+            time.sleep(0.001)
+        self.backlog.clear()
+
     def wait_for_bytes(self, num_bytes: int, timeout_s: float) -> bool:
-        """Until a transfer is under way that far."""
+        """Until that many more bytes have arrived since the mark or the last such wait."""
+        num_bytes += self.seen_bytes
         until = time.monotonic() + timeout_s
         while self.agent.stats().bytes_received < num_bytes:
             if time.monotonic() > until:
                 return False
             time.sleep(0.002)
+        self.seen_bytes = num_bytes
         return True
 
     def stats(self) -> dict:

@@ -97,9 +97,9 @@ def test_prefill_stopped_in_the_middle_and_resumed_after_the_pages_were_reused(s
 
 
 def test_decode_killed_in_the_middle_and_another_fetches_the_same_pages(start_transfer, spawn_peer):
-    prefill, decode = start_transfer()
-    decode.kill()
     another = spawn_peer(**BIG, **SHORT)
+    prefill, decode = start_transfer(hold_unclaimed_s=20.0)
+    decode.kill()
     another.receive(TRANSFER, prefill, NUM_TOKENS, PAGES, 3)
     another.events("Received")
     assert another.do("digest", PAGES, 3) == prefill.do("digest", PAGES, 0)

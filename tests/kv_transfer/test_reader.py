@@ -8,7 +8,6 @@ from kv_transfer.mooncake import ReadState
 from kv_transfer.pieces import Piece
 from kv_transfer.reader import Reader, ReadGroup
 from kv_transfer.stats import TransferCounters
-from kv_transfer.threads import DaemonThreads
 from runtime.errors import TransferError
 
 
@@ -50,7 +49,6 @@ class Bench:
             self.engine,  # type: ignore[arg-type]
             window=window,
             clock=lambda: self.now,
-            threads=DaemonThreads(),
             counters=self.counters,
             wake=lambda: None,
         )

@@ -15,7 +15,7 @@ REGION = pb.Region(base_address=4096, stride_bytes=1 << 16, count=4)
 
 @pytest.fixture
 def prefill(spawn_peer):
-    return spawn_peer(connect_timeout_s=0.5)
+    return spawn_peer(connect_timeout_s=0.5, lease_s=1.0, lease_margin_s=0.2)
 
 
 async def converse(address: str, *messages: pb.ToPrefill, keep_open_s: float = 5.0):
