@@ -140,19 +140,20 @@ def _attention_kernel(
 
 @triton.jit
 def _join_kernel(
-    parts, part_tops, part_norms, sink, output, num_heads,
+    parts, part_tops, part_norms, sink, output, num_heads, splits,
     SPLITS: tl.constexpr, WIDTH: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     channel = tl.arange(0, WIDTH)
     split = tl.arange(0, SPLITS)
-    place = (token * SPLITS + split) * num_heads + head
+    place = (token * splits + split) * num_heads + head
     sunk = tl.load(sink + head) * 1.4426950408889634
-    tops = tl.load(part_tops + place)
+    tops = tl.load(part_tops + place, mask=split < splits, other=-1.0e30)
     final = tl.maximum(tl.max(tops, axis=0), sunk)
     shrink = tl.exp2(tops - final)
-    norm = tl.sum(tl.load(part_norms + place) * shrink, axis=0) + tl.exp2(sunk - final)
-    rows = tl.load(parts + place[:, None] * WIDTH + channel[None, :])
+    norms = tl.load(part_norms + place, mask=split < splits, other=0.0)
+    norm = tl.sum(norms * shrink, axis=0) + tl.exp2(sunk - final)
+    rows = tl.load(parts + place[:, None] * WIDTH + channel[None, :], mask=(split < splits)[:, None], other=0.0)
     result = tl.sum(rows * (shrink / norm)[:, None], axis=0)
     tl.store(output + (token * num_heads + head) * WIDTH + channel, to_bf16(result, INTERPRET))
 
@@ -229,6 +230,7 @@ def sparse_attention_triton(
     )  # fmt: skip
     if splits > 1:
         _join_kernel[(num_tokens, num_heads)](
-            parts, tops, norms, sink_H, output, num_heads, SPLITS=splits, WIDTH=width, INTERPRET=INTERPRET, num_warps=4
-        )
+            parts, tops, norms, sink_H, output, num_heads, splits, SPLITS=splits, WIDTH=width, INTERPRET=INTERPRET,
+            num_warps=4,
+        )  # fmt: skip
     return output

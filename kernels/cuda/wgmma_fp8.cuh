@@ -116,6 +116,5 @@ DEFINE_WGMMA(96, REGISTERS_0_47, D48(0), "%48", "%49", "%50", "%51", "%52", "%53
 #define D64(i) D32(i), D32(i + 32)
 DEFINE_WGMMA(128, REGISTERS_0_63, D64(0), "%64", "%65", "%66", "%67", "%68", "%69")
 
-#undef DEFINE_WGMMA
 
 }  // namespace hopper

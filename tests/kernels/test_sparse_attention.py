@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from kernels.batch_index import BatchIndex
+from kernels.gpu_attention import fits_hopper, sparse_attention_hopper
+from kernels.gpu_attention import splits_for as hopper_splits_for
 from kernels.packed_rows import PackedRows, write_rows
 from kernels.sparse_attention import sparse_attention_ref
 from kernels.triton_sparse_attention import sparse_attention_triton, splits_for
@@ -134,13 +136,27 @@ def test_few_tokens_are_split_and_many_are_not():
     assert splits_for(1, 128, cpu) == 1
 
 
+@pytest.mark.parametrize(
+    ("tokens", "keys", "splits"), [(1, 640, 5), (64, 640, 2), (67, 640, 1), (512, 640, 1), (1, 128, 1), (0, 0, 1)]
+)
+def test_the_hopper_kernel_fills_one_wave(tokens, keys, splits):
+    assert hopper_splits_for(tokens, keys, 132) == splits
+
+
+def test_the_hopper_kernel_is_not_offered_other_shapes(device):
+    window = _pool(device, 1, 16, 128, "kv_fp8")
+    assert not fits_hopper(torch.empty(1, 64, 128, dtype=torch.bfloat16, device=device), window)
+
+
 @pytest.mark.gpu
+@pytest.mark.parametrize("kernel", ["hopper", "triton"])
 @pytest.mark.parametrize("splits", [1, 2, 8])
-@pytest.mark.parametrize("batch", [[(700, 1), (3000, 1)], [(100, 70)]], ids=["decode", "chunk"])
-def test_attention_matches_at_the_released_size(generator, device, batch, splits):
+@pytest.mark.parametrize("batch", [[(700, 1), (3000, 1), (0, 1)], [(100, 70), (0, 3)]], ids=["decode", "chunk"])
+def test_attention_matches_at_the_released_size(generator, device, batch, splits, kernel):
     query, chunk, ring, sink, index, entries, selected = _case(
         generator, device, batch, heads=64, width=512, window=128, listed=512, form="kv_fp8"
     )
-    got = sparse_attention_triton(query, chunk, ring, sink, index, 512**-0.5, entries, selected, RATIO, splits)
+    run = sparse_attention_hopper if kernel == "hopper" else sparse_attention_triton
+    got = run(query, chunk, ring, sink, index, 512**-0.5, entries, selected, RATIO, splits)
     expected = sparse_attention_ref(query.float(), chunk, ring, sink, index, 512**-0.5, entries, selected, RATIO)
     assert _relative(got, expected) < 6e-3
