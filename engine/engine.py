@@ -177,6 +177,10 @@ class Engine:
         Raises EngineError after `max_step_failures` failed steps in a row, or after one in a group of several ranks.
         """
         self._take_in_events()
+        if self._outbox:
+            # A first token that came across must not wait for the decode step that follows it.
+            self._changed = True
+            return self._outbox.take()
         plan = plan_step(self._live.snapshot(), self._limits)
         for request in plan.preempt:
             self._live.preempt(request)

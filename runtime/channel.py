@@ -9,6 +9,7 @@ import asyncio
 import math
 import multiprocessing
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -52,10 +53,12 @@ class EngineChannel:
     def __init__(self, address: ChannelAddress) -> None:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._inbox = _socket(self._context, zmq.PULL)
-        self._inbox.connect(address.to_engine)
+        self._inbox.bind(address.to_engine)
         self._outbox = _socket(self._context, zmq.PUSH)
         self._outbox.connect(address.from_engine)
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._wake_lock = threading.Lock()
+        self._closed = False
         self._poller = zmq.Poller()
         self._poller.register(self._inbox, zmq.POLLIN)
         self._poller.register(self._wake_fd, zmq.POLLIN)
@@ -92,8 +95,10 @@ class EngineChannel:
             return messages
 
     def wake(self) -> None:
-        """End a `receive` that waits. Thread-safe."""
-        os.eventfd_write(self._wake_fd, 1)
+        """End a `receive` that waits. Thread-safe; does nothing after `close`."""
+        with self._wake_lock:
+            if not self._closed:
+                os.eventfd_write(self._wake_fd, 1)
 
     def close(self, flush_s: float = 1.0) -> None:
         """Close after giving queued messages up to `flush_s` to leave."""
@@ -101,7 +106,9 @@ class EngineChannel:
         self._outbox.close()
         self._inbox.close()
         self._context.term()
-        os.close(self._wake_fd)
+        with self._wake_lock:
+            self._closed = True
+            os.close(self._wake_fd)
 
 
 class NodeChannel:
@@ -111,7 +118,8 @@ class NodeChannel:
         self._on_message = on_message
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._outbox = _socket(self._context, zmq.PUSH)
-        self._outbox.bind(address.to_engine)
+        # Connected, not bound: a bound socket would block in `send` while no engine is there, for ever if it has died.
+        self._outbox.connect(address.to_engine)
         self._inbox = _socket(self._context, zmq.PULL)
         self._inbox.bind(address.from_engine)
         self._loop = asyncio.get_running_loop()

@@ -68,3 +68,20 @@ def test_wake_ends_a_wait_from_another_thread(tmp_path: Path) -> None:
     assert time.monotonic() - began < 10
     timer.join()
     channel.close(flush_s=0)
+
+
+async def test_sending_to_a_child_that_has_died_does_not_block(tmp_path: Path) -> None:
+    child, channel, _ = await started(tmp_path)
+    channel.send(Drain())
+    assert await asyncio.wait_for(child.died(), 10) == 7
+    begun = time.monotonic()
+    for number in range(100):
+        channel.send(submit(number))
+    assert time.monotonic() - begun < 5
+    channel.close()
+
+
+def test_waking_a_closed_channel_is_harmless(tmp_path: Path) -> None:
+    channel = EngineChannel(ChannelAddress(str(tmp_path), 0))
+    channel.close()
+    channel.wake()
