@@ -42,17 +42,21 @@ async def generate(
     request_logging.request_id.set(request_id)
     started = service.clock()
     try:
-        with service.admit():
-            try:
-                max_choices = service.config.requests.max_choices
-                request = Request(path + query, headers, raw, request_id, max_choices=max_choices)
-                await service.dispatcher.serve(request, sink)
-            except TandemError as error:
-                await sink.answer(*error_answer(error, path))
+        service.enter()
+    except TandemError as error:
+        await sink.answer(*error_answer(error, path))
+        service.metrics.answered(path, sink.status)
+        return
+    try:
+        max_choices = service.config.requests.max_choices
+        request = Request(path + query, headers, raw, request_id, max_choices=max_choices)
+        await service.dispatcher.serve(request, sink)
     except TandemError as error:
         await sink.answer(*error_answer(error, path))
     except (ClientGone, asyncio.CancelledError):
         service.metrics.disconnects.inc()
         raise
+    finally:
+        service.leave()
     service.metrics.answered(path, sink.status)
     service.metrics.seconds.observe(service.clock() - started)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -26,7 +26,6 @@ class RouterMetrics:
 
         self._requests = counter("requests", "Answers by path and status", "path", "status")
         self._children: dict[tuple[str, int], Counter] = {}
-        self.running = Gauge("tandem_router_requests_running", "Requests being served", registry=registry)
         self.seconds = histogram("request_seconds", "From the last byte of the request to the last of the answer")
         self.ttft = histogram("time_to_first_token_seconds", "From the last byte of the request to the first event")
         self.prefill_seconds = histogram("prefill_seconds", "From the start of the prefill leg to its answer")
@@ -54,11 +53,17 @@ class ClusterCollector(Collector):
     """What is known of nodes and transfers, read when scraped."""
 
     def __init__(
-        self, registry: Registry, transfers: TransferTable, live: Callable[[], set[int]], healthy: Callable[[], bool]
+        self,
+        registry: Registry,
+        transfers: TransferTable,
+        live: Callable[[], set[int]],
+        running: Callable[[], int],
+        healthy: Callable[[], bool],
     ) -> None:
         self._registry = registry
         self._transfers = transfers
         self._live = live
+        self._running = running
         self._healthy = healthy
 
     def collect(self) -> list[Metric]:
@@ -74,6 +79,7 @@ class ClusterCollector(Collector):
             nodes.add_metric([role.value, state], count)
         table = self._transfers
         plain = (
+            ("requests_running", "Requests being served", self._running()),
             ("transfers_open", "Transfers this router owns now", len(table)),
             ("transfers_stranded", "Open transfers without a request: always 0", len(table.stranded(self._live()))),
             ("transfer_oldest_seconds", "Age of the oldest open transfer", table.oldest_s()),

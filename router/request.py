@@ -22,7 +22,7 @@ class Request:
     the last of several members of one name counts, for orjson and msgspec alike, so a long prompt is never rewritten.
     """
 
-    __slots__ = ("choices", "fields", "headers", "number", "path", "raw", "request_id", "stream")
+    __slots__ = ("choices", "fields", "headers", "num_tokens", "number", "path", "raw", "request_id", "stream")
 
     def __init__(self, path: str, headers: Mapping[str, str], raw: bytes, request_id: str, *, max_choices: int) -> None:
         """`headers` has lower-case names. Raises RequestError when the body is not a JSON object."""
@@ -45,6 +45,8 @@ class Request:
         self.raw = raw
         self.stream = fields.get("stream") is True
         self.choices = _count_choices(fields, max_choices)
+        self.num_tokens = _count_tokens(fields, len(raw))
+        """Prompt tokens: exact for token ids, otherwise estimated from the size of the body."""
 
     def with_members(self, members: Mapping[str, Any]) -> list[bytes | memoryview]:
         """The body with `members` set, in pieces."""
@@ -54,17 +56,6 @@ class Request:
         tail = orjson.dumps(members)
         comma = b"," if self.fields else b""
         return [memoryview(self.raw)[:end], comma + tail[1:]]
-
-    @property
-    def num_tokens(self) -> int:
-        """Prompt tokens: exact for token ids, otherwise estimated from the size of the body."""
-        prompt = self.fields.get("prompt")
-        if isinstance(prompt, list) and prompt:
-            if isinstance(prompt[0], int):
-                return len(prompt)
-            if isinstance(prompt[0], list):
-                return sum(len(part) for part in prompt if isinstance(part, list))
-        return max(1, len(self.raw) // 4)
 
     @property
     def session(self) -> str | None:
@@ -91,3 +82,13 @@ def _count_choices(fields: dict[str, Any], max_choices: int) -> int:
     if choices > max_choices:
         raise RequestError(f"n: {choices} choices over all prompts, at most {max_choices} are served", param="n")
     return choices
+
+
+def _count_tokens(fields: dict[str, Any], num_bytes: int) -> int:
+    prompt = fields.get("prompt")
+    if isinstance(prompt, list) and prompt:
+        if isinstance(prompt[0], int):
+            return len(prompt)
+        if isinstance(prompt[0], list):
+            return sum(len(part) for part in prompt if isinstance(part, list))
+    return max(1, num_bytes // 4)

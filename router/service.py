@@ -1,10 +1,9 @@
 """The router as one object: its parts, wired; started, and ended in an orderly way."""
 
 import asyncio
-import contextlib
 import logging
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 from aiohttp import web
 from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
@@ -70,25 +69,22 @@ class RouterService:
                 self.registry,
                 self.transfers,
                 lambda: self.dispatcher.live,
+                lambda: self.running,
                 lambda: self.proofs.healthy(self.clock()),
             )
         )
 
-    @contextlib.contextmanager
-    def admit(self) -> Iterator[None]:
-        """Count one request in. Raises Overloaded at the bound."""
+    def enter(self) -> None:
+        """Count one request in; `leave` counts it out. Raises Overloaded at the bound, and then it is not in."""
         if self.running >= self.config.server.max_concurrent_requests:
             raise Overloaded(f"The router already serves {self.running} requests, its limit.")
         self.running += 1
         self._idle.clear()
-        self.metrics.running.set(self.running)
-        try:
-            yield
-        finally:
-            self.running -= 1
-            self.metrics.running.set(self.running)
-            if not self.running:
-                self._idle.set()
+
+    def leave(self) -> None:
+        self.running -= 1
+        if not self.running:
+            self._idle.set()
 
     async def run(self, stopping: asyncio.Event, started: Callable[["RouterService"], None] = lambda _: None) -> None:
         """Serve until `stopping` is set, let running requests finish, and end."""
