@@ -106,7 +106,7 @@ class TokenQueue:
 
     def push(self, tokens: Tokens) -> None:
         """Queue one step's tokens. Ignored after the end."""
-        if self.ended:
+        if self._ended or self._closed:
             return
         self._tokens.append(tokens)
         self._ended = tokens.finish_reason is not None

@@ -1,7 +1,7 @@
 """The response of /v1/chat/completions, whole and as events."""
 
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -82,23 +82,22 @@ class ChatResponse:
         self._only_deltas = not (shape.num_logprobs is not None or shape.return_token_ids or shape.continuous_usage)
         self._reasoning_names = [b'"%b":' % name.encode() for name in shape.reasoning_fields]
 
-    def _read(self, arrived: Sequence[tuple[int, Tokens]]) -> Iterator[tuple[int, _Choice, Sequence[Event], Piece]]:
+    def _take(self, choice: _Choice, tokens: Tokens, piece: Piece) -> tuple[Sequence[Event], Piece]:
+        """The events that the caller sees of one step, and the step without hidden tokens."""
         shape = self._shape
-        for number, tokens, piece in self._reader.read(arrived):
-            choice = self._choices[number]
-            if piece.num_hidden:
-                ids, logprobs = piece.token_ids[piece.num_hidden :], piece.logprobs[piece.num_hidden :]
-                piece = msgspec.structs.replace(piece, token_ids=ids, logprobs=logprobs)
-            if shape.num_prompt_logprobs is not None and tokens.prompt_logprobs is not None:
-                self._prompt_logprobs = prompt_logprobs(tokens.prompt_logprobs, shape.names, shape.num_prompt_logprobs)
-            shown = piece.events if self._shows_all else [event for event in piece.events if self._shows(event)]
-            for event in shown:
-                if type(event) is ToolCallStart:
-                    choice.has_calls = True
-            if piece.finish_reason is not None:
-                choice.stop_reason = piece.stop_reason
-                choice.finish_reason = self._finish_reason(choice, piece)
-            yield number, choice, shown, piece
+        if piece.num_hidden:
+            ids, logprobs = piece.token_ids[piece.num_hidden :], piece.logprobs[piece.num_hidden :]
+            piece = msgspec.structs.replace(piece, token_ids=ids, logprobs=logprobs)
+        if tokens.prompt_logprobs is not None and shape.num_prompt_logprobs is not None:
+            self._prompt_logprobs = prompt_logprobs(tokens.prompt_logprobs, shape.names, shape.num_prompt_logprobs)
+        shown = piece.events if self._shows_all else [event for event in piece.events if self._shows(event)]
+        for event in shown:
+            if type(event) is ToolCallStart:
+                choice.has_calls = True
+        if piece.finish_reason is not None:
+            choice.stop_reason = piece.stop_reason
+            choice.finish_reason = self._finish_reason(choice, piece)
+        return shown, piece
 
     def _shows(self, event: Event) -> bool:
         if isinstance(event, ReasoningDelta):
@@ -130,9 +129,12 @@ class ChatResponse:
         )
 
     def feed(self, arrived: Sequence[tuple[int, Tokens]]) -> bytes:
-        return b"".join(
-            self._chunks(number, choice, events, piece) for number, choice, events, piece in self._read(arrived)
-        )
+        frames = []
+        for number, tokens, piece in self._reader.read(arrived):
+            choice = self._choices[number]
+            events, piece = self._take(choice, tokens, piece)
+            frames.append(self._chunks(number, choice, events, piece))
+        return frames[0] if len(frames) == 1 else b"".join(frames)
 
     def _chunks(self, number: int, choice: _Choice, events: Sequence[Event], piece: Piece) -> bytes:
         """One step's chunks, one per event."""
@@ -197,8 +199,9 @@ class ChatResponse:
         """Read to the end and answer the JSON body."""
         generation = self._reader.generation
         while generation.running:
-            for _, choice, events, piece in self._read(await generation.wait()):
-                self._keep(choice, events, piece)
+            for number, tokens, piece in self._reader.read(await generation.wait()):
+                choice = self._choices[number]
+                self._keep(choice, *self._take(choice, tokens, piece))
         shape = self._shape
         body: dict[str, Any] = {
             "id": shape.response_id,

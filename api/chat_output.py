@@ -33,8 +33,17 @@ class ChatOutput:
         """The next step. Nothing may be fed after a piece with a finish reason."""
         before = self._parser.reasoning_tokens
         visible = visible_ids(tokens, self._eos_id, self._rules)
+        if self._matcher is None and not self._hide and tokens.finish_reason is None:
+            # What nearly every step is. The rest of this method would come to the same.
+            events = self._parser.feed(visible)
+            return Piece(
+                tokens.token_ids,
+                tokens.logprobs,
+                events=events,
+                num_reasoning=self._parser.reasoning_tokens - before,
+            )
         num_used, num_hidden = len(tokens.token_ids), 0
-        events: list[Event] = []
+        events = []
         if self._matcher is None and not self._hide:
             events = self._parser.feed(visible)
         else:

@@ -1,7 +1,7 @@
 """All choices of one HTTP request as the engine computes them: submitted together, read together, closed together."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Self
 
@@ -22,13 +22,13 @@ class Generation:
     def __init__(self, streams: Sequence[GenerationStream], name: str = "") -> None:
         self.name = name
         """The response id, under which an operator knows it."""
-        self._streams: list[GenerationStream | None] = list(streams)
         self._all = tuple(streams)
+        self._live = list(enumerate(streams))
         self._loop = asyncio.get_running_loop()
         self._waiter: asyncio.Future[None] | None = None
+        self._listener: Callable[[], None] | None = None
+        self._is_scheduled = False
         self._aborted: TandemError | None = None
-        self.running = len(streams)
-        """Choices that have not ended."""
         for stream in streams:
             stream.subscribe(self.wake)
 
@@ -45,11 +45,33 @@ class Generation:
             raise
         return cls(streams, name)
 
+    @property
+    def running(self) -> bool:
+        """Whether a choice has not ended."""
+        return bool(self._live)
+
+    def listen(self, listener: Callable[[], None] | None) -> None:
+        """Call `listener` from the event loop when something arrived, once for all that came in one turn of the loop.
+
+        Cheaper than `wait`, which resumes the whole chain of coroutines that led to it. None: stop.
+        """
+        self._listener = listener
+
     def wake(self) -> None:
-        """Make `wait` return, with nothing if nothing has arrived."""
+        """Make `wait` return, or call the listener, even if nothing has arrived."""
+        if self._listener is not None:
+            if not self._is_scheduled:
+                self._is_scheduled = True
+                self._loop.call_soon(self._call_listener)
+            return
         waiter = self._waiter
         if waiter is not None and not waiter.done():
             waiter.set_result(None)
+
+    def _call_listener(self) -> None:
+        self._is_scheduled = False
+        if self._listener is not None:
+            self._listener()
 
     def abort(self, error: TandemError) -> None:
         """End every choice; whoever reads gets `error`."""
@@ -59,7 +81,7 @@ class Generation:
 
     async def wait(self) -> list[tuple[int, Tokens]]:
         """What arrived, as (choice, tokens); waits for something, or for `wake`. Raises what ended a choice."""
-        arrived = self._collect()
+        arrived = self.take()
         if arrived:
             return arrived
         self._waiter = self._loop.create_future()
@@ -67,31 +89,27 @@ class Generation:
             await self._waiter
         finally:
             self._waiter = None
-        return self._collect()
+        return self.take()
 
-    def _collect(self) -> list[tuple[int, Tokens]]:
+    def take(self) -> list[tuple[int, Tokens]]:
+        """What arrived, without waiting. Raises what ended a choice."""
         if self._aborted is not None:
             raise self._aborted
         arrived: list[tuple[int, Tokens]] = []
-        for choice, stream in enumerate(self._streams):
-            if stream is None:
-                continue
+        ended = False
+        for choice, stream in self._live:
             for tokens in stream.pending():
                 arrived.append((choice, tokens))
-                if tokens.finish_reason is not None:
-                    self._end(choice)
+                ended = ended or tokens.finish_reason is not None
+        if ended:
+            over = {choice for choice, tokens in arrived if tokens.finish_reason is not None}
+            self._live = [entry for entry in self._live if entry[0] not in over]
         return arrived
 
     def stop(self, choice: int) -> None:
         """A choice is complete for the caller (a stop string was found): abort the rest of it."""
-        stream = self._streams[choice]
-        if stream is not None:
-            stream.close()
-            self._end(choice)
-
-    def _end(self, choice: int) -> None:
-        self._streams[choice] = None
-        self.running -= 1
+        self._all[choice].close()
+        self._live = [entry for entry in self._live if entry[0] != choice]
 
     def close(self) -> None:
         for stream in self._all:

@@ -1,7 +1,7 @@
 """Reads what the engine generates for one HTTP request: to text, counted, timed, stopped at stop strings."""
 
 import asyncio
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 from api.context import Context
@@ -42,9 +42,10 @@ class Reader:
         context.metrics.observe("request_params_n", rank, submission.choices_per_prompt)
         context.metrics.observe("request_params_max_tokens", rank, submission.submits[0].sampling.max_tokens)
 
-    def read(self, arrived: Sequence[tuple[int, Tokens]]) -> Iterator[tuple[int, Tokens, Piece]]:
+    def read(self, arrived: Sequence[tuple[int, Tokens]]) -> list[tuple[int, Tokens, Piece]]:
         """What one wake-up brought. A choice that a stop string ended is stopped in the engine too."""
         now = self._clock()
+        pieces = []
         for number, tokens in arrived:
             output = self._outputs[number]
             if output is None:
@@ -57,7 +58,8 @@ class Reader:
             self._timers[number].tokens(len(piece.token_ids), now)
             if piece.finish_reason is not None:
                 self._end(number, piece)
-            yield number, tokens, piece
+            pieces.append((number, tokens, piece))
+        return pieces
 
     def _end(self, number: int, piece: Piece) -> None:
         assert piece.finish_reason is not None

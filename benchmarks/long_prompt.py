@@ -98,10 +98,11 @@ def main() -> None:
     ours, theirs = context.Pipe()
     server = context.Process(target=serve, args=(theirs, PERIOD_S, 1 << 22, options.tokenizer))
     server.start()
+    theirs.close()
     try:
         uvloop.run(measure(ours.recv(), options))
     finally:
-        ours.send(None)
+        ours.close()
         server.join(10)
 
 

@@ -210,12 +210,13 @@ def run(num_requests: int, concurrency: int = 16, seed: int = 0) -> Outcome:
     ours, theirs = context.Pipe()
     server = context.Process(target=serve, args=(theirs, PERIOD_S, MAX_MODEL_LEN))
     server.start()
+    theirs.close()
     try:
         host, port = ours.recv()
         assert server.pid is not None
         return uvloop.run(soak(f"http://{host}:{port}", server.pid, num_requests, concurrency, seed))
     finally:
-        ours.send(None)
+        ours.close()
         server.join(10)
 
 

@@ -70,19 +70,21 @@ async def _serve(
         if one_core:
             os.sched_setaffinity(0, other_cores)
         engine.start()
-        await engine.wait_ready(30.0)
-        if one_core:
-            os.sched_setaffinity(0, api_cores)
-        client = NodeEngineClient(info, [engine], lambda _: None)
-        app = build_app(client, tokenizer, ApiSettings(max_concurrent_requests=1 << 20), CollectorRegistry())
-        runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
-        await runner.setup()
-        await web.TCPSite(runner, "127.0.0.1", 0, backlog=4096).start()
-        address_of.send(runner.addresses[0][:2])
         try:
+            await engine.wait_ready(30.0)
+            if one_core:
+                os.sched_setaffinity(0, api_cores)
+            client = NodeEngineClient(info, [engine], lambda _: None, recompute=False)
+            settings = ApiSettings(max_concurrent_requests=1 << 20)
+            runner = web.AppRunner(
+                build_app(client, tokenizer, settings, CollectorRegistry()), access_log=None, shutdown_timeout=0.1
+            )
+            await runner.setup()
+            await web.TCPSite(runner, "127.0.0.1", 0, backlog=4096).start()
+            address_of.send(runner.addresses[0][:2])
             await asyncio.to_thread(address_of.poll, None)
-        finally:
             await runner.cleanup()
+        finally:
             await engine.stop(2.0)
 
 
@@ -158,6 +160,7 @@ async def main(options: argparse.Namespace) -> None:
     ours, theirs = context.Pipe()
     server = context.Process(target=serve, args=(theirs, options.period_ms / 1000), kwargs={"one_core": True})
     server.start()
+    theirs.close()
     os.sched_setaffinity(0, cores()[1])
     try:
         address = ours.recv()
@@ -176,7 +179,7 @@ async def main(options: argparse.Namespace) -> None:
                   f"{row['us_per_token']:9.1f} {row['p50_ms']:8.2f} {row['p99_ms']:8.2f} {row['max_ms']:8.2f}  "
                   f"{'yes' if keeps_up else 'no'}", flush=True)  # fmt: skip
     finally:
-        ours.send(None)
+        ours.close()
         server.join(10)
 
 
