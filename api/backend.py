@@ -34,6 +34,11 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
 class GenerationStream(Protocol):
     """The tokens of one submitted request, in order, ending with one that has a finish reason, or with an error."""
 
+    @property
+    def rank(self) -> int:
+        """The data-parallel rank that computes it."""
+        ...
+
     def pending(self) -> Sequence[Tokens]:
         """Everything queued since the last call; empty if nothing is. Raises what ended the request, once reached."""
         ...
@@ -88,10 +93,11 @@ class TokenQueue:
     `abort` is called with the request id when the reader closes before the end.
     """
 
-    __slots__ = ("_abort", "_closed", "_ended", "_error", "_tokens", "_wake", "request_id")
+    __slots__ = ("_abort", "_closed", "_ended", "_error", "_tokens", "_wake", "rank", "request_id")
 
-    def __init__(self, request_id: str, abort: Callable[[str], None]) -> None:
+    def __init__(self, request_id: str, abort: Callable[[str], None], rank: int = 0) -> None:
         self.request_id = request_id
+        self.rank = rank
         self._abort = abort
         self._tokens: list[Tokens] = []
         self._error: TandemError | None = None

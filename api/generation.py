@@ -46,6 +46,11 @@ class Generation:
         return cls(streams, name)
 
     @property
+    def rank(self) -> int:
+        """The data-parallel rank of the first choice, for metrics."""
+        return self._all[0].rank
+
+    @property
     def running(self) -> bool:
         """Whether a choice has not ended."""
         return bool(self._live)

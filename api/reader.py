@@ -29,9 +29,9 @@ class Reader:
         generation: Generation,
         outputs: Sequence[Output],
         *,
-        rank: int,
         arrived: float,
     ) -> None:
+        rank = generation.rank
         self.generation = generation
         self.unix_time = context.unix_time
         self.usage = Usage(submission.num_prompt_tokens, submission.choices_per_prompt)

@@ -37,7 +37,7 @@ async def respond(
     rank = context.rank_of(request)
     name = submission.response_id
     async with await Generation.start(context.engine, submission.submits, rank=rank, name=name) as generation:
-        reader = Reader(context, submission, generation, outputs, rank=rank or 0, arrived=arrived)
+        reader = Reader(context, submission, generation, outputs, arrived=arrived)
         context.live.add(generation)
         try:
             response = make(reader)

@@ -71,7 +71,7 @@ class StandInEngine:
         assert request.request_id not in self._running
         self.submitted.append(request)
         self.ranks_used.append(rank)
-        queue = TokenQueue(request.request_id, self._abort)
+        queue = TokenQueue(request.request_id, self._abort, rank or 0)
         failed, self.fail_next = self.fail_next, None
         script = self._scripts.popleft() if self._scripts else None
         self._running[request.request_id] = asyncio.create_task(self._run(request, queue, script, failed))

@@ -113,6 +113,16 @@ async def test_requests_are_counted_and_timed(server: Server) -> None:
     assert f'tandem_http_requests_total{{handler="{COMPLETIONS}",method="POST",status="200"}} 1.0' in text
 
 
+async def test_a_request_is_counted_for_the_rank_that_computed_it(serve: Any) -> None:
+    server = await serve(num_ranks=2)
+    headers = {"x-data-parallel-rank": "1"}
+    await server.post_json(COMPLETIONS, {"prompt": "a", "max_tokens": 2}, headers=headers)
+    values = await samples(server)
+    assert values["vllm:request_success_totallength", "1"] == 1
+    assert values["vllm:request_success_totallength", "0"] == 0
+    assert values["vllm:time_to_first_token_seconds_count", "1"] == 1
+
+
 async def test_keys_guard_all_but_probes(serve: Any, tmp_path: Path) -> None:
     hashed = "sha256:" + hashlib.sha256(b"second").hexdigest()
     file = tmp_path / "keys"

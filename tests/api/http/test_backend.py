@@ -1,0 +1,132 @@
+"""The queue between an engine and one request, and the reading of several through one wake-up."""
+
+import asyncio
+
+import pytest
+
+from api.backend import TokenQueue, failure
+from api.generation import Generation
+from runtime.errors import EngineError, Overloaded, RequestError, TransferError
+from runtime.requests import RequestFailed, Tokens
+
+
+def tokens(number: int, finish: str | None = None) -> Tokens:
+    return Tokens("r", (number,), finish_reason=finish)
+
+
+async def test_tokens_come_out_in_order_and_once() -> None:
+    queue = TokenQueue("r", lambda _: None)
+    assert not queue.pending()
+    queue.push(tokens(1))
+    queue.push(tokens(2))
+    assert [t.token_ids for t in queue.pending()] == [(1,), (2,)]
+    assert not queue.pending()
+
+
+async def test_a_failure_is_raised_after_what_came_before_it() -> None:
+    queue = TokenQueue("r", lambda _: None)
+    queue.push(tokens(1))
+    queue.fail(EngineError("x"))
+    queue.push(tokens(2))
+    assert len(queue.pending()) == 1
+    for _ in range(2):
+        with pytest.raises(EngineError):
+            queue.pending()
+
+
+async def test_closing_aborts_once_and_only_what_has_not_ended() -> None:
+    aborted: list[str] = []
+    running, finished, failed = (TokenQueue(name, aborted.append) for name in ("running", "finished", "failed"))
+    finished.push(tokens(1, "stop"))
+    failed.fail(EngineError("x"))
+    for queue in (running, finished, failed):
+        queue.close()
+        queue.close()
+    assert aborted == ["running"]
+    running.push(tokens(1))
+    assert not running.pending()
+    assert running.ended
+
+
+async def test_a_subscriber_is_woken_at_once_for_what_is_there_already() -> None:
+    woken: list[int] = []
+    queue = TokenQueue("r", lambda _: None)
+    queue.push(tokens(1))
+    queue.subscribe(lambda: woken.append(1))
+    assert woken == [1]
+    queue.push(tokens(2))
+    assert woken == [1, 1]
+
+
+async def test_a_queue_can_be_iterated_to_its_end() -> None:
+    queue = TokenQueue("r", lambda _: None)
+
+    async def write() -> None:
+        for number in range(5):
+            await asyncio.sleep(0)
+            queue.push(tokens(number, "length" if number == 4 else None))
+
+    writing = asyncio.create_task(write())
+    assert [t.token_ids[0] async for t in queue] == list(range(5))
+    await writing
+
+
+@pytest.mark.parametrize(
+    ("kind", "error"),
+    [("invalid", RequestError), ("overloaded", Overloaded), ("transfer", TransferError), ("internal", EngineError)],
+)
+def test_what_the_engine_reports_becomes_an_error_of_its_kind(kind: str, error: type[Exception]) -> None:
+    assert type(failure(RequestFailed(request_id="r", kind=kind, message="m"))) is error
+
+
+async def test_several_streams_are_read_through_one_wake_up() -> None:
+    queues = [TokenQueue(str(number), lambda _: None) for number in range(3)]
+    generation = Generation(queues)
+    asyncio.get_running_loop().call_later(0.01, lambda: [queue.push(tokens(7, "stop")) for queue in queues[:2]])
+    assert [choice for choice, _ in await generation.wait()] == [0, 1]
+    assert generation.running
+    queues[2].push(tokens(8, "stop"))
+    assert [choice for choice, _ in await generation.wait()] == [2]
+    assert not generation.running
+
+
+async def test_a_listener_is_called_once_for_all_that_came_in_one_turn_of_the_loop() -> None:
+    queues = [TokenQueue(str(number), lambda _: None) for number in range(3)]
+    generation = Generation(queues)
+    taken: list[int] = []
+    generation.listen(lambda: taken.append(len(generation.take())))
+    for queue in queues:
+        queue.push(tokens(1))
+        queue.push(tokens(2))
+    await asyncio.sleep(0.01)
+    assert taken == [6]
+    generation.listen(None)
+    queues[0].push(tokens(3))
+    await asyncio.sleep(0.01)
+    assert taken == [6]
+
+
+async def test_a_submission_that_is_refused_halfway_leaves_nothing_running() -> None:
+    aborted: list[str] = []
+
+    class Engine:
+        count = 0
+
+        async def generate(self, request: object, *, rank: int | None = None) -> TokenQueue:
+            self.count += 1
+            if self.count == 3:
+                raise Overloaded("full")
+            return TokenQueue(str(self.count), aborted.append)
+
+    with pytest.raises(Overloaded):
+        await Generation.start(Engine(), [None] * 5, rank=None)  # type: ignore[arg-type,list-item]
+    assert aborted == ["1", "2"]
+
+
+async def test_leaving_the_scope_aborts_what_still_runs() -> None:
+    aborted: list[str] = []
+    queues = [TokenQueue(str(number), aborted.append) for number in range(3)]
+    async with Generation(queues) as generation:
+        queues[1].push(tokens(1, "stop"))
+        await generation.wait()
+    assert aborted == ["0", "2"]
