@@ -1,15 +1,15 @@
-"""Hyper-connections in two launches (specification: kernels.hyper_connection).
+"""Hyper-connections in three launches (specification: kernels.hyper_connection).
 
 T tokens, S = 4 streams, D hidden (a multiple of 128), streams bf16. The seam between two sublayers, post then pre:
 
-1. A program takes a block of tokens and a slice of channels: writes the new streams, and multiplies them by its part of
-   fn on the tensor cores, leaving a partial product and a partial square sum. The streams are exact in bf16, fn goes
-   in as two bf16 halves, so the product is good to 2^-17 of each term, better than tf32.
-2. A program per token adds the parts, forms the four input weights and the normed input from the streams (still in L2);
-   beside them, programs of 32 tokens run Sinkhorn, one token a lane, all sixteen numbers in registers.
+1. The new streams, elementwise.
+2. Their product with fn on the tensor cores, split over features, and the square sum. Streams are exact in bf16 and fn
+   goes in as two bf16 halves, so the product is good to 2^-17 of each term, better than tf32.
+3. A program per token adds the parts, forms the four input weights and the normed input; beside them, programs of 32
+   tokens run Sinkhorn, one token a lane, all sixteen numbers in registers.
 
 Sums run in a fixed order: a token's results do not depend on timing, and on the batch only through the slice count.
-Bound by memory: streams read and written once.
+Bound by memory: at decode the second and third launch find the streams in L2.
 """
 
 from __future__ import annotations
@@ -31,52 +31,50 @@ MIX_TOKENS = 32
 
 
 @triton.jit
-def _post_project_kernel(
-    output, streams, post, comb, fn, new_streams, parts, num_tokens, hidden, steps,
-    POST: tl.constexpr, PROJECT: tl.constexpr, NUM: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr,
-    COLUMNS: tl.constexpr, INTERPRET: tl.constexpr,
+def _post_kernel(output, streams, post, comb, new_streams, hidden, BLOCK: tl.constexpr, INTERPRET: tl.constexpr):
+    token = tl.program_id(0).to(tl.int64)
+    channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = channel < hidden
+    place = token * 4 * hidden + channel
+    x0 = tl.load(streams + place, mask=inside, other=0.0).to(tl.float32)
+    x1 = tl.load(streams + place + hidden, mask=inside, other=0.0).to(tl.float32)
+    x2 = tl.load(streams + place + 2 * hidden, mask=inside, other=0.0).to(tl.float32)
+    x3 = tl.load(streams + place + 3 * hidden, mask=inside, other=0.0).to(tl.float32)
+    o = tl.load(output + token * hidden + channel, mask=inside, other=0.0).to(tl.float32)
+    for target in tl.static_range(4):
+        row = comb + token * 16 + target
+        mixed = tl.load(post + token * 4 + target) * o
+        mixed += tl.load(row) * x0
+        mixed += tl.load(row + 4) * x1
+        mixed += tl.load(row + 8) * x2
+        mixed += tl.load(row + 12) * x3
+        tl.store(new_streams + place + target * hidden, to_bf16(mixed, INTERPRET), mask=inside)
+
+
+@triton.jit
+def _project_kernel(
+    streams, halves, parts, num_tokens, features, steps,
+    NUM: tl.constexpr, TOKENS: tl.constexpr, FEATURES: tl.constexpr, COLUMNS: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     token = (tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)
     live = token < num_tokens
     part = tl.program_id(1)
-    column = tl.arange(0, COLUMNS)
+    column, inner = tl.arange(0, COLUMNS), tl.arange(0, FEATURES)
     product = tl.zeros((TOKENS, COLUMNS), tl.float32)
     square = tl.zeros((TOKENS,), tl.float32)
     for step in range(steps):
-        channel = (part * steps + step) * CHANNELS + tl.arange(0, CHANNELS)
-        place = token[:, None] * 4 * hidden + channel[None, :]
-        if POST:
-            x0 = tl.load(streams + place, mask=live[:, None], other=0.0)
-            x1 = tl.load(streams + place + hidden, mask=live[:, None], other=0.0)
-            x2 = tl.load(streams + place + 2 * hidden, mask=live[:, None], other=0.0)
-            x3 = tl.load(streams + place + 3 * hidden, mask=live[:, None], other=0.0)
-            o = tl.load(output + token[:, None] * hidden + channel[None, :], mask=live[:, None], other=0.0)
-            for target in tl.static_range(4):
-                row = comb + token * 16 + target
-                mixed = tl.load(post + token * 4 + target, mask=live, other=0.0)[:, None] * o.to(tl.float32)
-                mixed += tl.load(row, mask=live, other=0.0)[:, None] * x0.to(tl.float32)
-                mixed += tl.load(row + 4, mask=live, other=0.0)[:, None] * x1.to(tl.float32)
-                mixed += tl.load(row + 8, mask=live, other=0.0)[:, None] * x2.to(tl.float32)
-                mixed += tl.load(row + 12, mask=live, other=0.0)[:, None] * x3.to(tl.float32)
-                tl.store(new_streams + place + target * hidden, to_bf16(mixed, INTERPRET), mask=live[:, None])
-            if PROJECT:
-                tl.debug_barrier()  # the product reads back, through L2, what this program has just written
-        if PROJECT:
-            for target in range(4):
-                stream = tl.load(new_streams + place + target * hidden, mask=live[:, None], other=0.0)
-                fn_place = (column[:, None] * 4 + target) * hidden + channel[None, :]
-                weight = tl.load(fn + fn_place, mask=(column < NUM)[:, None], other=0.0)
-                high = to_bf16(weight, INTERPRET)
-                low = to_bf16(weight - high.to(tl.float32), INTERPRET)
-                operand = dot_operand(stream, INTERPRET)
-                product = tl.dot(operand, tl.trans(dot_operand(high, INTERPRET)), product)
-                product = tl.dot(operand, tl.trans(dot_operand(low, INTERPRET)), product)
-                wide = stream.to(tl.float32)
-                square += tl.sum(wide * wide, axis=1)
-    if PROJECT:
-        result = tl.where(column[None, :] == NUM, square[:, None], product)
-        target_row = parts + (part.to(tl.int64) * num_tokens + token[:, None]) * COLUMNS + column[None, :]
-        tl.store(target_row, result, mask=live[:, None])
+        feature = (part * steps + step) * FEATURES + inner
+        stream = tl.load(streams + token[:, None] * features + feature[None, :], mask=live[:, None], other=0.0)
+        high = tl.load(halves + column[:, None] * features + feature[None, :])
+        low = tl.load(halves + (COLUMNS + column[:, None]) * features + feature[None, :])
+        operand = dot_operand(stream, INTERPRET)
+        product = tl.dot(operand, tl.trans(dot_operand(high, INTERPRET)), product)
+        product = tl.dot(operand, tl.trans(dot_operand(low, INTERPRET)), product)
+        wide = stream.to(tl.float32)
+        square += tl.sum(wide * wide, axis=1)
+    result = tl.where(column[None, :] == NUM, square[:, None], product)
+    target_row = parts + (part.to(tl.int64) * num_tokens + token[:, None]) * COLUMNS + column[None, :]
+    tl.store(target_row, result, mask=live[:, None])
 
 
 @triton.jit
@@ -203,12 +201,28 @@ def _pre_kernel(
         tl.store(inputs + token * hidden + channel, collapsed, mask=inside)
 
 
-def _slices(num_tokens: int, hidden: int, device: torch.device) -> tuple[int, int]:
-    """(tokens a program takes, channel slices): two programs a multiprocessor or more."""
-    tokens = 16 if num_tokens <= 64 else 32
-    blocks, steps = triton.cdiv(num_tokens, tokens), hidden // CHANNELS
+_halves: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+
+
+def _halves_of(fn: Tensor) -> Tensor:
+    """fn [n, F] float32 -> bf16 [2, COLUMNS, F]: rounded values, then what rounding left. Kept for as long as fn is."""
+    key = (fn.data_ptr(), fn._version)
+    kept = _halves.get(key)
+    if kept is None or kept[0] is not fn:
+        high = fn.bfloat16()
+        low = (fn - high.float()).bfloat16()
+        padded = torch.zeros(2, COLUMNS, fn.shape[1], dtype=torch.bfloat16, device=fn.device)
+        padded[0, : fn.shape[0]], padded[1, : fn.shape[0]] = high, low
+        kept = _halves[key] = (fn, padded)
+    return kept[1]
+
+
+def _slices(num_tokens: int, features: int, device: torch.device) -> tuple[int, int]:
+    """(tokens a program takes, slices of features): about two programs a multiprocessor."""
+    tokens = 16 if num_tokens <= 64 else 32 if num_tokens <= 512 else 64
+    blocks, steps = triton.cdiv(num_tokens, tokens), features // CHANNELS
     slices = 1
-    while steps % (2 * slices) == 0 and blocks * slices < 2 * num_multiprocessors(device):
+    while steps % (2 * slices) == 0 and 2 * slices <= 32 and blocks * slices < 2 * num_multiprocessors(device):
         slices *= 2
     return tokens, slices
 
@@ -221,33 +235,38 @@ def _check(streams: Tensor) -> None:
         )
 
 
-def _run(
-    output: Tensor | None, streams: Tensor, mix: Mix | None, weights: HyperWeights | None
-) -> tuple[Tensor, Tensor | None]:
-    """First launch: -> (new streams, or the given ones without an output; partial products)."""
+def _write(output: Tensor, streams: Tensor, mix: Mix) -> Tensor:
+    """First launch: the new streams."""
     _check(streams)
     num_tokens, _, hidden = streams.shape
-    tokens, slices = _slices(num_tokens, hidden, streams.device)
-    new = streams if output is None else torch.empty_like(streams)
-    parts = None
-    if weights is not None:
-        parts = torch.empty(slices, num_tokens, COLUMNS, dtype=torch.float32, device=streams.device)
+    new = torch.empty_like(streams)
     if num_tokens:
-        _post_project_kernel[(triton.cdiv(num_tokens, tokens), slices)](
-            output if output is not None else streams, streams, mix.post_TS if mix is not None else streams,
-            mix.comb_TSS if mix is not None else streams, weights.fn if weights is not None else streams, new,
-            parts if parts is not None else streams, num_tokens, hidden, hidden // CHANNELS // slices,
-            POST=output is not None, PROJECT=weights is not None, NUM=weights.fn.shape[0] if weights is not None else 0,
-            TOKENS=tokens, CHANNELS=CHANNELS, COLUMNS=COLUMNS, INTERPRET=INTERPRET,
-            num_warps=4 if tokens == 16 else 8, num_stages=2,
+        block = min(1024, triton.next_power_of_2(hidden))
+        _post_kernel[(num_tokens, triton.cdiv(hidden, block))](
+            output, streams, mix.post_TS, mix.comb_TSS, new, hidden, BLOCK=block, INTERPRET=INTERPRET, num_warps=4
+        )
+    return new
+
+
+def _project(streams: Tensor, weights: HyperWeights) -> Tensor:
+    """Second launch: partial products and square sums, float32 [slices, T, COLUMNS]."""
+    _check(streams)
+    num_tokens, features = streams.shape[0], streams.shape[1] * streams.shape[2]
+    tokens, slices = _slices(num_tokens, features, streams.device)
+    parts = torch.empty(slices, num_tokens, COLUMNS, dtype=torch.float32, device=streams.device)
+    if num_tokens:
+        _project_kernel[(triton.cdiv(num_tokens, tokens), slices)](
+            streams, _halves_of(weights.fn), parts, num_tokens, features, features // CHANNELS // slices,
+            NUM=weights.fn.shape[0], TOKENS=tokens, FEATURES=CHANNELS, COLUMNS=COLUMNS, INTERPRET=INTERPRET,
+            num_warps=4, num_stages=4,
         )  # fmt: skip
-    return new, parts
+    return parts
 
 
 def _finish(
     streams: Tensor, parts: Tensor, weights: HyperWeights, norm_weight: Tensor | None, settings: HyperSettings
 ) -> tuple[Tensor, Mix]:
-    """Second launch; without a norm weight it only collapses the streams."""
+    """Third launch; without a norm weight it only collapses the streams."""
     num_tokens, _, hidden = streams.shape
     device, with_mix = streams.device, norm_weight is not None
     inputs = torch.empty(num_tokens, hidden, dtype=streams.dtype, device=device)
@@ -272,14 +291,12 @@ def hyper_pre_triton(
     streams: Tensor, weights: HyperWeights, norm_weight: Tensor, settings: HyperSettings
 ) -> tuple[Tensor, Mix]:
     """kernels.hyper_connection.hyper_pre."""
-    _, parts = _run(None, streams, None, weights)
-    assert parts is not None
-    return _finish(streams, parts, weights, norm_weight, settings)
+    return _finish(streams, _project(streams, weights), weights, norm_weight, settings)
 
 
 def hyper_post_triton(output: Tensor, streams: Tensor, mix: Mix) -> Tensor:
     """kernels.hyper_connection.hyper_post."""
-    return _run(output, streams, mix, None)[0]
+    return _write(output, streams, mix)
 
 
 def hyper_post_pre_triton(
@@ -291,14 +308,11 @@ def hyper_post_pre_triton(
     settings: HyperSettings,
 ) -> tuple[Tensor, Tensor, Mix]:
     """kernels.hyper_connection.hyper_post_pre."""
-    new, parts = _run(output, streams, mix, weights)
-    assert parts is not None
-    inputs, following = _finish(new, parts, weights, norm_weight, settings)
+    new = _write(output, streams, mix)
+    inputs, following = _finish(new, _project(new, weights), weights, norm_weight, settings)
     return new, inputs, following
 
 
 def hyper_head_triton(streams: Tensor, weights: HyperWeights, settings: HyperSettings) -> Tensor:
     """kernels.hyper_connection.hyper_head."""
-    _, parts = _run(None, streams, None, weights)
-    assert parts is not None
-    return _finish(streams, parts, weights, None, settings)[0]
+    return _finish(streams, _project(streams, weights), weights, None, settings)[0]

@@ -314,23 +314,18 @@ experts_kernel(const __grid_constant__ CUtensorMap rows_map, const __grid_consta
       float total[2][N / 2];
 #pragma unroll
       for (int i = 0; i < N / 2; ++i) total[0][i] = total[1][i] = 0.0f;
-      uint32_t a[2][4][4];
-      const auto load_first = [&](int from) {
-        const uint8_t* source = stages + from * P::kStageBytes + P::kRowsBytes;
-        load_unit(a[0], source + 2 * group * kUnitBytes, source + kWeightBytes + 2 * group * kUnitShiftBytes, table, thread);
-      };
-      barrier_wait(&full[stage], phase);
-      load_first(stage);
       for (int k = 0; k < k_blocks; ++k) {
+        barrier_wait(&full[stage], phase);
         const uint8_t* source = stages + stage * P::kStageBytes;
         const uint8_t* codes = source + P::kRowsBytes + 2 * group * kUnitBytes;
         const uint8_t* shifts = source + P::kRowsBytes + kWeightBytes + 2 * group * kUnitShiftBytes;
         const float* scales =
             reinterpret_cast<const float*>(source + P::kRowsBytes + kWeightBytes + kShiftBytes) + (tile.first_row & 3);
         const uint64_t rows = operand_descriptor(source);
-        const int next = stage + 1 == P::kStages ? 0 : stage + 1;
-        const uint32_t next_phase = next == 0 ? phase ^ 1 : phase;
-        // While the tensor cores work on one unit the next one is decoded, the first of the following stage included.
+        uint32_t a[2][4][4];
+        load_unit(a[0], codes, shifts, table, thread);
+        // The second unit is decoded while the tensor cores work on the first. (Decoding the next stage's first unit ahead of this
+        // one's last product was slower.)
         if constexpr (N <= 64) {
           float partial[2][N / 2];
           multiply<N>(partial[0], a[0], rows);
@@ -338,10 +333,6 @@ experts_kernel(const __grid_constant__ CUtensorMap rows_map, const __grid_consta
           multiply<N>(partial[1], a[1], rows);
           wgmma_wait<1>();
           promote<N>(total[0], partial[0], scales, lane);
-          if (k + 1 < k_blocks) {
-            barrier_wait(&full[next], next_phase);
-            load_first(next);
-          }
           wgmma_wait<0>();
           promote<N>(total[1], partial[1], scales, lane);
         } else {
@@ -351,16 +342,12 @@ experts_kernel(const __grid_constant__ CUtensorMap rows_map, const __grid_consta
           wgmma_wait<0>();
           promote<N>(total[0], partial, scales, lane);
           multiply<N>(partial, a[1], rows);
-          if (k + 1 < k_blocks) {
-            barrier_wait(&full[next], next_phase);
-            load_first(next);
-          }
           wgmma_wait<0>();
           promote<N>(total[1], partial, scales, lane);
         }
         __syncwarp();
         if (lane == 0) barrier_arrive(&empty[stage]);
-        stage = next, phase = next_phase;
+        if (++stage == P::kStages) stage = 0, phase ^= 1;
       }
       if constexpr (UP) {
         finish_up<N>(total[0], total[1], arguments, tile.expert, tile.tile, tile.first_row, tile.num_rows, staged, amax_of,

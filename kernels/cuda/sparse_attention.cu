@@ -1,8 +1,8 @@
 // Sparse attention of 64 heads x 512 channels over packed FP8 rows in pages and slots, for Hopper (sm_90a); the same op as
 // kernels/triton_sparse_attention.py.
 //
-// A CTA takes one token (or one part of its keys) and all heads. A producer warpgroup gathers 64 rows at a time, turns e4m3
-// into bf16 by shifting bits into place and two exact multiplications by powers of two, and writes them to one of two
+// A CTA takes one token (or one part of its keys) and all heads. Two producer warpgroups gather 64 rows at a time, turn
+// e4m3 into bf16 by shifting bits into place and two exact multiplications by powers of two, and each fill one of two
 // swizzled tiles. Two consumer warpgroups each compute all 64 x 64 logits and the softmax, and half of the output channels:
 // doing the logits twice costs half a tile of tensor-core time and saves every exchange between them. The tile is read as
 // the K-major operand of the logits and as the transposed operand of the values.
@@ -22,9 +22,11 @@ constexpr int kTile = kChannels / 64 * kSubTile;         // one operand: 64 KiB
 constexpr int kStages = 2;
 constexpr int kRowParts = (kPlain + 2 * 64) / 16;        // 16-byte parts of a packed row
 constexpr int kPieces = kKeys * kRowParts / 128;         // of a producer thread per tile
-constexpr int kBatch = 6;                                // pieces in flight, twice
-constexpr int kConsumers = 256, kThreads = 384;
+constexpr int kBatch = 6;                                // pieces in flight
+constexpr int kConsumers = 256, kProducers = 256, kThreads = kConsumers + kProducers;
+constexpr int kTableTiles = 16;                          // tiles whose rows are located at once
 constexpr int kSharedBytes = (1 + kStages) * kTile + 1024;
+static_assert(kTableTiles % kStages == 0 && kProducers == 128 * kStages);
 static_assert(kPieces == 18 && kPieces % kBatch == 0);
 
 struct Arguments {
@@ -149,32 +151,41 @@ __device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
 
 struct Shared {
   uint64_t full[kStages], empty[kStages];
-  Row rows[2][kKeys];
   float bias[kStages][kKeys];
+  Row rows[kTableTiles * kKeys];
 };
 
-__device__ void produce(const Arguments& a, Shared& shared, uint8_t* tiles, int64_t token, int first, int last, int thread) {
-  if (thread < kKeys) shared.rows[first & 1][thread] = locate(a, token, first, thread);
-  sync_threads_of(3, 128);
-  for (int number = first; number < last; ++number) {
-    const int turn = number - first, stage = turn % kStages;
-    const Row* rows = shared.rows[number & 1];
-    uint8_t* tile = tiles + stage * kTile;
-    uint4 values[2][kBatch];
-    load_batch(values[0], rows, 0, thread);
-    Row following{nullptr, make_uint2(0, 0)};
-    if (thread < kKeys && number + 1 < last) following = locate(a, token, number + 1, thread);
-    barrier_wait(&shared.empty[stage], (turn / kStages + 1) & 1);
+// Each producer warpgroup owns one stage. All of them first locate the rows of the next kTableTiles tiles, so that the chain of
+// dependent loads behind a row's address is paid once, not per tile.
+__device__ void produce(const Arguments& a, Shared& shared, uint8_t* tiles, int64_t token, int first, int last, int producer) {
+  const int stage = producer / 128, thread = producer % 128;
+  uint8_t* tile = tiles + stage * kTile;
+  uint32_t phase = 1;
+  for (int base = first; base < last; base += kTableTiles) {
+    const int end = min(last, base + kTableTiles);
+    sync_threads_of(3, kProducers);
 #pragma unroll
-    for (int batch = 0; batch < kPieces / kBatch; ++batch) {
-      if (batch + 1 < kPieces / kBatch) load_batch(values[(batch + 1) % 2], rows, batch + 1, thread);
-      store_batch(values[batch % 2], rows, tile, batch, thread);
+    for (int i = 0; i < kTableTiles * kKeys / kProducers; ++i) {
+      const int key = i * kProducers + producer;
+      if (base + key / kKeys < end) shared.rows[key] = locate(a, token, base + key / kKeys, key % kKeys);
     }
-    if (thread < kKeys) shared.bias[stage][thread] = rows[thread].data != nullptr ? 0.0f : -INFINITY;
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-    barrier_arrive(&shared.full[stage]);
-    if (thread < kKeys) shared.rows[(number + 1) & 1][thread] = following;
-    sync_threads_of(3, 128);
+    sync_threads_of(3, kProducers);
+    // kTableTiles is even: tile `base` always belongs to stage 0.
+    for (int number = base + stage; number < end; number += kStages) {
+      const Row* rows = shared.rows + (number - base) * kKeys;
+      uint4 values[kBatch];
+      load_batch(values, rows, 0, thread);
+      barrier_wait(&shared.empty[stage], phase);
+      phase ^= 1;
+#pragma unroll 1  // unrolled, the addresses of all pieces would be kept in registers, and spill
+      for (int batch = 0; batch < kPieces / kBatch; ++batch) {
+        if (batch > 0) load_batch(values, rows, batch, thread);
+        store_batch(values, rows, tile, batch, thread);
+      }
+      if (thread < kKeys) shared.bias[stage][thread] = rows[thread].data != nullptr ? 0.0f : -INFINITY;
+      asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+      barrier_arrive(&shared.full[stage]);
+    }
   }
 }
 
@@ -310,15 +321,19 @@ __global__ void __launch_bounds__(kThreads, 1) attention_kernel(const Arguments 
     }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
-  for (int piece = threadIdx.x; piece < kHeads * kChannels / 8; piece += kThreads) {
-    const int head = piece / (kChannels / 8), chunk = piece % (kChannels / 8);
-    const __nv_bfloat16* source = a.q + token * a.stride_q + head * kChannels + chunk * 8;
-    *reinterpret_cast<uint4*>(query + swizzled(head, chunk)) = __ldg(reinterpret_cast<const uint4*>(source));
+  uint4 queries[kHeads * kChannels / 8 / kThreads];
+  const auto* source = reinterpret_cast<const uint4*>(a.q + token * a.stride_q);
+#pragma unroll
+  for (int i = 0; i < kHeads * kChannels / 8 / kThreads; ++i) queries[i] = __ldg(source + i * kThreads + threadIdx.x);
+#pragma unroll
+  for (int i = 0; i < kHeads * kChannels / 8 / kThreads; ++i) {
+    const int piece = i * kThreads + threadIdx.x;
+    *reinterpret_cast<uint4*>(query + swizzled(piece / (kChannels / 8), piece % (kChannels / 8))) = queries[i];
   }
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
   __syncthreads();
   if (threadIdx.x >= kConsumers) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 104;");
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 56;");
     if (first < last) produce(a, shared, tiles, token, first, last, threadIdx.x - kConsumers);
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 200;");
