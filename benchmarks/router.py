@@ -1,10 +1,11 @@
 """What the router costs, and vllm-router beside it if it is installed: same nodes, same load, same minutes.
 
-    python -m benchmarks.router [--peer PATH_TO_VLLM_ROUTER] [--seconds 3] [--quick]
+    python -m benchmarks.router [--peer PATH_TO_VLLM_ROUTER] [--seconds 2] [--repeats 3]
 
 Nodes, router and load generator are processes on one machine and share its cores, so requests per second say little by
-themselves; CPU time per request and per event is taken from the router process's own clock and is the firmest figure.
-The nodes are `benchmarks.router_stand_ins`, the load `benchmarks.router_load`. Columns: docs/router.md.
+themselves; the routers are measured in turns and the best of several rounds is shown. CPU time per request and per
+event is taken from the router process's own clock and is the firmest figure. The nodes are
+`benchmarks.router_stand_ins`, the load `benchmarks.router_load`; docs/router.md explains the rows.
 """
 
 import argparse
@@ -118,56 +119,97 @@ def measure(url: str, pid: int | None, *arguments: str) -> dict[str, Any]:
     return result
 
 
-def cells(url: str, pid: int | None, seconds: float, *, quick: bool) -> dict[str, float]:
-    """All figures for one router, or for the nodes alone."""
-    one = measure(url, pid, "--connections=1", f"--seconds={seconds}")
-    many = measure(url, pid, "--connections=64", f"--seconds={seconds}")
-    long = measure(url, pid, "--connections=16", f"--seconds={seconds}", "--body-bytes=32768")
-    events = 200 if not quick else 50
-    burst = measure(url, pid, "--connections=64", f"--stream={events},0")
-    paced = measure(url, pid, "--connections=512", f"--stream={100 if not quick else 25},20000")
+Figures = dict[str, float]
+Cell = Callable[[str, int | None, float], Figures]
+
+
+def one_at_a_time(url: str, pid: int | None, seconds: float) -> Figures:
+    run = measure(url, pid, "--connections=1", f"--seconds={seconds}")
+    return {"1: p50 us": 1e6 * run["latency_s"]["p50"], "1: p99 us": 1e6 * run["latency_s"]["p99"]}
+
+
+def many_small(url: str, pid: int | None, seconds: float) -> Figures:
+    run = measure(url, pid, "--connections=64", f"--seconds={seconds}")
     return {
-        "1: p50 us": 1e6 * one["latency_s"]["p50"],
-        "1: p99 us": 1e6 * one["latency_s"]["p99"],
-        "64: req/s": many["requests"] / many["seconds"],
-        "64: cpu us/req": 1e6 * many["cpu_s"] / many["requests"],
-        "64: p99 ms": 1e3 * many["latency_s"]["p99"],
-        "32K: req/s": long["requests"] / long["seconds"],
-        "32K: cpu us/req": 1e6 * long["cpu_s"] / long["requests"],
-        "burst: events/s": burst["events"] / burst["seconds"],
-        "burst: cpu us/ev": 1e6 * burst["cpu_s"] / burst["events"],
-        "512: cpu us/ev": 1e6 * paced["cpu_s"] / paced["events"],
-        "512: delay p50 ms": 1e3 * paced["delay_s"]["p50"],
-        "512: delay p99 ms": 1e3 * paced["delay_s"]["p99"],
-        "512: first p50 ms": 1e3 * paced["first_byte_s"]["p50"],
-        "rss MiB": paced["rss_mib"],
+        "64: req/s": run["requests"] / run["seconds"],
+        "64: cpu us/req": 1e6 * run["cpu_s"] / run["requests"],
+        "64: p99 ms": 1e3 * run["latency_s"]["p99"],
     }
+
+
+def long_prompts(url: str, pid: int | None, seconds: float) -> Figures:
+    run = measure(url, pid, "--connections=16", f"--seconds={seconds}", "--body-bytes=32768")
+    return {
+        "32K: req/s": run["requests"] / run["seconds"],
+        "32K: cpu us/req": 1e6 * run["cpu_s"] / run["requests"],
+    }
+
+
+def bursts(url: str, pid: int | None, seconds: float) -> Figures:
+    run = measure(url, pid, "--connections=64", f"--stream={int(100 * seconds)},0")
+    return {
+        "burst: events/s": run["events"] / run["seconds"],
+        "burst: cpu us/event": 1e6 * run["cpu_s"] / run["events"],
+    }
+
+
+def paced(url: str, pid: int | None, seconds: float) -> Figures:
+    run = measure(url, pid, "--connections=512", f"--stream={int(50 * seconds)},20000")
+    return {
+        "512: cpu us/event": 1e6 * run["cpu_s"] / run["events"],
+        "512: delay p50 ms": 1e3 * run["delay_s"]["p50"],
+        "512: delay p99 ms": 1e3 * run["delay_s"]["p99"],
+        "512: first byte p50 ms": 1e3 * run["first_byte_s"]["p50"],
+        "rss MiB": run["rss_mib"],
+    }
+
+
+def time_to_first_token(url: str, pid: int | None, seconds: float) -> Figures:
+    run = measure(url, pid, "--connections=1", f"--seconds={seconds}")
+    return {f"first byte after {1e3 * PREFILL_S:.0f} ms prefill, ms": 1e3 * run["first_byte_s"]["p50"]}
+
+
+CELLS: tuple[Cell, ...] = (one_at_a_time, many_small, long_prompts, bursts, paced)
+
+
+def best(figures: list[Figures]) -> Figures:
+    """The least disturbed value of each: the highest rate, the lowest cost or delay."""
+    return {name: (max if name.endswith("/s") else min)(run[name] for run in figures) for name in figures[0]}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.router", description=__doc__)
     parser.add_argument("--peer", default=shutil.which("vllm-router"), help="vllm-router's executable")
-    parser.add_argument("--seconds", type=float, default=3.0, help="per closed-loop cell")
-    parser.add_argument("--quick", action="store_true", help="short streams")
+    parser.add_argument("--seconds", type=float, default=2.0, help="per cell and router")
+    parser.add_argument("--repeats", type=int, default=3, help="rounds; the best of each figure is shown")
     options = parser.parse_args()
-    columns: dict[str, dict[str, float]] = {}
-    with stand_ins(0.0) as ports, stand_ins(PREFILL_S) as slow:
-        variants: dict[str, Command] = {
-            "tandem": tandem_command,
-            "tandem, aiohttp": lambda ports, port: tandem_command(ports, port, "server.fast_path=false"),
-        }
-        if options.peer:
-            variants["vllm-router"] = lambda ports, port: peer_command(options.peer, ports, port)
-        columns["direct"] = cells(f"http://127.0.0.1:{ports['decode']}", None, options.seconds, quick=options.quick)
-        for name, command in variants.items():
-            print(f"measuring {name}", file=sys.stderr)
-            port = free_port()
-            with router(command(ports, port), port) as (url, pid):
-                columns[name] = cells(url, pid, options.seconds, quick=options.quick)
-            port = free_port()
-            with router(command(slow, port), port) as (url, pid):
-                slow_run = measure(url, pid, "--connections=1", f"--seconds={options.seconds}")
-                columns[name]["ttft p50 ms"] = 1e3 * slow_run["first_byte_s"]["p50"]
+    commands: dict[str, Command] = {
+        "tandem": tandem_command,
+        "tandem, aiohttp": lambda ports, port: tandem_command(ports, port, "server.fast_path=false"),
+    }
+    if options.peer:
+        commands["vllm-router"] = lambda ports, port: peer_command(options.peer, ports, port)
+    columns: dict[str, Figures] = {}
+    for prefill_s, cells in ((0.0, CELLS), (PREFILL_S, (time_to_first_token,))):
+        with contextlib.ExitStack() as stack:
+            ports = stack.enter_context(stand_ins(prefill_s))
+            targets: dict[str, tuple[str, int | None]] = {}
+            if not prefill_s:
+                targets["direct"] = (f"http://127.0.0.1:{ports['decode']}", None)
+            for name, command in commands.items():
+                port = free_port()
+                targets[name] = stack.enter_context(router(command(ports, port), port))
+            for cell in cells:
+                print(f"measuring {cell.__name__}", file=sys.stderr)
+                runs: dict[str, list[Figures]] = {name: [] for name in targets}
+                # In turns, so that whatever else the machine does meets all of them alike.
+                for _ in range(options.repeats):
+                    for name, (url, pid) in targets.items():
+                        runs[name].append(cell(url, pid, options.seconds))
+                for name, figures in runs.items():
+                    columns.setdefault(name, {}).update(best(figures))
+    for figure in [name for name in columns["direct"] if "cpu" in name or name.startswith("rss")]:
+        del columns["direct"][figure]
     print_table(columns)
 
 

@@ -111,13 +111,15 @@ class DispatchConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """With no prefill node up, let decode nodes that can prefill do so."""
     retry_backoff_s: float = 0.05
     """Before a second try on the same nodes; doubles with each try."""
+    wait_for_node_s: float = 5.0
+    """A request that lost its nodes waits this long for one to come up. New requests do not wait: they get 503."""
     suspect_s: float = 1.0
     """A node that did not answer gets no new work for this long while there are others."""
     max_choices: int = 128
     """Bound on n times the number of prompts in one request."""
 
     def __post_init__(self) -> None:
-        _positive(self, "requests", "max_attempts", "retry_backoff_s", "suspect_s", "max_choices")
+        _positive(self, "requests", "max_attempts", "retry_backoff_s", "wait_for_node_s", "suspect_s", "max_choices")
 
 
 class DeadlineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

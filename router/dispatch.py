@@ -266,13 +266,25 @@ class _Job:
         await self._start_again(attempt)
 
     async def _start_again(self, attempt: int) -> None:
-        shared, config = self._shared, self._shared.config.requests
+        config = self._shared.config.requests
         last = attempt + 1 == config.max_attempts
-        pair = shared.picker.pair(self._request, self._turn, self._avoid, local=last)
+        pair = await self._pick_again(local=last)
         if pair.prefill in self._avoid or pair.decode in self._avoid:
             await asyncio.sleep(config.retry_backoff_s * 2 ** (attempt - 1) * random.uniform(0.5, 1.0))
-            pair = shared.picker.pair(self._request, self._turn, self._avoid, local=last)
+            pair = await self._pick_again(local=last)
         self._start(pair)
+
+    async def _pick_again(self, *, local: bool) -> Pair:
+        """A pair for another try. If nobody is there, wait a little: a node that just fell away is often soon back."""
+        shared = self._shared
+        give_up_at = shared.clock() + shared.config.requests.wait_for_node_s
+        while True:
+            try:
+                return shared.picker.pair(self._request, self._turn, self._avoid, local=local)
+            except RouteError:
+                if shared.clock() >= give_up_at:
+                    raise
+            await asyncio.sleep(0.05)
 
     def _state_held(self, failed: Answer) -> bool:
         """Whether another decode rank could still claim what the prefill rank computed or computes."""

@@ -316,3 +316,28 @@ async def test_a_node_whose_stream_broke_learns_what_was_released_when_it_is_bac
         prefill.rejoin()
         await it.until(lambda: prefill.released == decode.released)
         await it.settle()
+
+
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+async def test_a_request_whose_only_node_restarts_waits_for_it(role):
+    async with cluster(pairs_of(1, 1)) as it:
+        node = it.prefills[0] if role == "prefill" else it.decodes[0]
+        node.faults.append(Fault.HANG)
+        asking = asyncio.create_task(it.complete())
+        await it.until(lambda: node.seen)
+        await node.die()
+        await it.until(lambda: it.service.registry.get(node.node_id) is None)
+        await asyncio.sleep(0.1)
+        await node.revive()
+        assert (await asking)[0] == 200
+        await it.settle()
+
+
+async def test_a_request_whose_only_node_stays_away_is_503_in_the_end():
+    async with cluster(pairs_of(1, 1), settings(requests={"wait_for_node_s": 0.2})) as it:
+        it.decodes[0].faults.append(Fault.HANG)
+        asking = asyncio.create_task(it.complete())
+        await it.until(lambda: it.decodes[0].seen)
+        await it.decodes[0].die()
+        assert (await asking)[0] == 503
+        await it.settle()
