@@ -86,6 +86,7 @@ class Engine:
             max_held_requests=config.max_held_requests,
             long_prefill_share=config.long_prefill_share,
             reserved_pages=max(1, int(shape.num_pages * _PAGE_RESERVE)),
+            chunk_alignment=shape.chunk_alignment,
         )
         self._eos_ids = np.asarray(shape.eos_ids, np.int64)
         self._outbox = Outbox()

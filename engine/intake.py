@@ -17,6 +17,8 @@ class EngineShape:
     page_tokens: int
     num_pages: int
     num_slots: int
+    chunk_alignment: int = 1
+    """Tokens of the longest compressed block, where prompts are best cut."""
 
     def __post_init__(self) -> None:
         if self.num_pages * self.page_tokens < self.max_model_len:

@@ -93,7 +93,9 @@ class LiveRequests:
             num_receiving=self.transfers.num_receiving,
             num_sends=self.transfers.num_sends,
             prefilling=[
-                Prefilling(request, request.num_tokens - request.num_computed, _max_chunk(request))
+                Prefilling(
+                    request, request.num_computed, request.num_tokens - request.num_computed, _max_chunk(request)
+                )
                 for request in self.prefilling
             ],
             waiting=[self._as_waiting(request) for request in self.waiting[: min(free_slots, self._max_num_seqs)]],

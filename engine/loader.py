@@ -99,6 +99,7 @@ def load_rank(
         page_tokens=layout.page_tokens,
         num_pages=sizes.num_pages,
         num_slots=sizes.num_slots,
+        chunk_alignment=max(1, *model_config.compress_ratios),
     )
     log.info(
         "loaded in %.1f s on %s: %d pages of %d B (%d tokens each), %d slots of %d B, max_model_len=%d",

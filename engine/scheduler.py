@@ -29,6 +29,9 @@ class Limits:
     long_prefill_share: float
     reserved_pages: int
     """Free pages that admission leaves to those already running, so that they are not preempted at once."""
+    chunk_alignment: int = 1
+    """Chunks end at multiples of this where they can: sums over a compressed block are then made in one go, and a
+    prompt's state does not depend on how it was cut."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +53,7 @@ class Prefilling(Generic[R]):
     """A request in the middle of its prompt."""
 
     request: R
+    num_computed: int
     num_tokens: int
     """Left to compute."""
     max_chunk: int
@@ -112,13 +116,13 @@ def plan_step(snapshot: Snapshot[R], limits: Limits) -> Plan[R]:
         prefilling = list(snapshot.prefilling)
         num_decoding = snapshot.num_decoding
         receive, admit = _choose_admissions(snapshot, limits)
-    prompts = prefilling + [Prefilling(item.request, item.num_tokens, item.max_chunk) for item in admit]
+    prompts = prefilling + [Prefilling(item.request, 0, item.num_tokens, item.max_chunk) for item in admit]
     budget = max(limits.max_num_batched_tokens - num_decoding, limits.min_prompt_tokens)
     return Plan(
         preempt=tuple(victim.request for victim in preempt),
         receive=tuple(item.request for item in receive),
         admit=tuple(item.request for item in admit),
-        chunks=_share_out(prompts, budget, limits.long_prefill_share),
+        chunks=_share_out(prompts, budget, limits),
     )
 
 
@@ -158,16 +162,28 @@ def _choose_admissions(snapshot: Snapshot[R], limits: Limits) -> tuple[list[Wait
     return receive, admit
 
 
-def _share_out(prompts: Sequence[Prefilling[R]], budget: int, share: float) -> tuple[tuple[R, int], ...]:
-    """Divide `budget` tokens; `prompts` in order of right. Never gives out less than it could."""
+def _share_out(prompts: Sequence[Prefilling[R]], budget: int, limits: Limits) -> tuple[tuple[R, int], ...]:
+    """Divide `budget` tokens; `prompts` in order of right. The oldest always moves on."""
     if not prompts:
         return ()
-    wanted = [min(item.num_tokens, item.max_chunk) for item in prompts]
+    oldest = prompts[0]
+    share = budget if len(prompts) == 1 else max(1, int(budget * limits.long_prefill_share))
+    first = min(oldest.num_tokens, oldest.max_chunk, share)
     granted = [0] * len(prompts)
-    granted[0] = min(wanted[0], budget if len(prompts) == 1 else max(1, int(budget * share)))
+    granted[0] = _align(oldest, first, limits.chunk_alignment) or first
     budget -= granted[0]
     for index in sorted(range(len(prompts)), key=lambda i: (prompts[i].num_tokens, i)):
-        more = min(wanted[index] - granted[index], budget)
+        item = prompts[index]
+        most = min(item.num_tokens, item.max_chunk, granted[index] + budget)
+        more = max(0, _align(item, most, limits.chunk_alignment) - granted[index])
         granted[index] += more
         budget -= more
     return tuple((item.request, tokens) for item, tokens in zip(prompts, granted, strict=True) if tokens)
+
+
+def _align(item: Prefilling[R], tokens: int, alignment: int) -> int:
+    """The largest chunk up to `tokens` that ends the prompt or at a multiple of `alignment`; 0 if there is none."""
+    if tokens == item.num_tokens:
+        return tokens
+    end = (item.num_computed + tokens) // alignment * alignment
+    return max(0, end - item.num_computed)

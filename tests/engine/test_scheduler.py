@@ -1,5 +1,7 @@
 """The scheduler as what it is: a function from a snapshot to a plan."""
 
+from dataclasses import replace
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -34,8 +36,8 @@ def waiting(name, num_tokens=10, *, num_pages=1, sends=False, receives=False):
     return Waiting(name, num_tokens, num_pages, sends, receives, num_tokens)
 
 
-def prefilling(name, num_tokens, max_chunk=10**6):
-    return Prefilling(name, num_tokens, max_chunk)
+def prefilling(name, num_tokens, max_chunk=10**6, num_computed=0):
+    return Prefilling(name, num_computed, num_tokens, max_chunk)
 
 
 def test_nothing_to_do_is_an_empty_plan():
@@ -134,7 +136,7 @@ def test_a_preempted_prompt_is_not_computed():
 )
 def test_the_budget_is_used_up_and_never_exceeded(sizes, num_decoding, budget, share):
     prompts = [prefilling(str(i), tokens, max_chunk) for i, (tokens, max_chunk) in enumerate(sizes)]
-    limits = Limits(1000, budget, min(10, budget), 2, share, 1)
+    limits = replace(LIMITS, max_num_batched_tokens=budget, min_prompt_tokens=min(10, budget), long_prefill_share=share)
     plan = plan_step(snapshot(prefilling=prompts, num_decoding=num_decoding), limits)
     available = max(budget - num_decoding, min(10, budget))
     wanted = sum(min(tokens, max_chunk) for tokens, max_chunk in sizes)
@@ -144,3 +146,26 @@ def test_the_budget_is_used_up_and_never_exceeded(sizes, num_decoding, budget, s
     if prompts:
         first = min(sizes[0])
         assert dict(plan.chunks)["0"] >= min(first, max(1, int(available * share)))
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 50), st.integers(1, 300), st.integers(1, 300)), min_size=1, max_size=8),
+    st.integers(1, 200),
+    st.sampled_from([4, 16, 128]),
+)
+def test_chunks_end_at_block_boundaries_unless_they_end_a_prompt_or_nothing_else_moves(sizes, budget, alignment):
+    prompts = [prefilling(str(i), tokens, most, computed) for i, (computed, tokens, most) in enumerate(sizes)]
+    limits = replace(
+        LIMITS, max_num_batched_tokens=budget, min_prompt_tokens=min(10, budget), chunk_alignment=alignment
+    )
+    plan = plan_step(snapshot(prefilling=prompts), limits)
+    assert sum(tokens for _, tokens in plan.chunks) <= max(budget, 1)
+    assert plan.chunks[0][0] == "0", "the oldest always moves on"
+    for name, tokens in plan.chunks:
+        computed, left, _ = sizes[int(name)]
+        assert tokens == left or (computed + tokens) % alignment == 0 or (name == "0" and tokens < alignment)
+
+
+def test_whole_prompts_are_cut_at_block_boundaries():
+    plan = plan_step(snapshot(prefilling=[prefilling("a", 1000)]), replace(LIMITS, chunk_alignment=16))
+    assert plan.chunks == (("a", 96),)
