@@ -24,6 +24,8 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     """Rows of the embedding: the bound of every token id a caller may name."""
     role: Literal["prefill", "decode", "standalone"]
     num_ranks: int = 1
+    node_id: str = ""
+    """The name under which the node is registered with routers."""
     created: int = 0
     """Unix time of the start."""
     checkpoint: str = ""

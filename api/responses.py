@@ -1,6 +1,5 @@
 """/v1/responses: OpenAI's Responses API in front of the same chats, with a bounded memory for follow-ups."""
 
-import uuid
 from typing import Any
 
 from aiohttp import web
@@ -11,6 +10,7 @@ from api.context import CONTEXT, Context
 from api.errors import renamed_fields
 from api.jsonio import json_response
 from api.respond import now, respond
+from api.response_ids import new_response_id
 from api.response_store import StoredResponse
 from api.responses_format import ResponsesResponse, ResponsesShape
 from api.responses_request import Messages, input_messages, to_chat
@@ -38,7 +38,7 @@ async def responses(request: web.Request) -> web.StreamResponse:
         instructions: Messages = [{"role": "system", "content": body.instructions}] if body.instructions else []
         with renamed_fields(FIELD_NAMES):
             chat = to_chat(body, [*instructions, *conversation])
-            prepared = await prepare_chat(request, chat, response_id=f"resp_{uuid.uuid4().hex}")
+            prepared = await prepare_chat(request, chat, response_id=new_response_id(context.info.node_id))
         shape = ResponsesShape(
             response_id=prepared.submission.response_id,
             created=context.unix_time(),

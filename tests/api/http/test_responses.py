@@ -10,6 +10,7 @@ import openai
 import pytest
 from pydantic import BaseModel
 
+from api.response_ids import is_kept_by, new_response_id
 from api.response_store import ResponseStore
 from api.settings import ApiSettings
 from runtime.requests import RequestFailed
@@ -234,6 +235,14 @@ async def test_a_wrong_field_is_named(server: Server, fields: dict[str, Any], pa
     answer = await server.post_json(PATH, {"input": "hi", **fields}, status=400)
     assert answer["error"]["param"] == param, answer
     assert server.engine.submitted == []
+
+
+async def test_an_id_tells_which_node_keeps_the_response(server: Server) -> None:
+    answer = await server.post_json(PATH, {"input": "hi", "max_output_tokens": 1})
+    assert is_kept_by(answer["id"], server.engine.info.node_id)
+    assert not is_kept_by(answer["id"], "another")
+    assert is_kept_by(new_response_id("decode-1"), "decode-1")
+    assert new_response_id("a") != new_response_id("a")
 
 
 def test_the_store_is_bounded_in_number_and_bytes() -> None:
