@@ -2,7 +2,8 @@
 
 CPU BLAS libraries take another summation order for fewer than four rows (matrix-vector code). A request would then
 decode to other last bits alone than beside others, and bits decide expert choices and quantisation steps. Repeating
-rows up to four keeps one order. On CUDA this is torch's linear.
+rows up to four keeps one order, as long as torch runs on one thread (more of them split long sums). On CUDA this is
+torch's linear.
 """
 
 from __future__ import annotations
