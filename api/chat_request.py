@@ -40,11 +40,11 @@ async def prepare_chat(request: web.Request, body: ChatBody, *, response_id: str
     context = request.app[CONTEXT]
     model = context.model_of(body.model)
     leg = leg_of(body.kv_transfer_params, context.info)
+    if leg.kind == "prefill":
+        body = first_token_body(body)
     check_chat(body, context)
     rendered = render(body, context)
     headers = think_max_warning(rendered.mode, context)
-    if leg.kind == "prefill":
-        body = first_token_body(body)
     constraint = await chat_constraint(context, body, rendered)
     ids = await encode_rendered(context, rendered, body)
     max_tokens_param, max_tokens = asked_tokens(body)

@@ -119,6 +119,8 @@ def first_token_body(body: Body) -> Body:
         min_tokens = 0
     else:
         min_tokens = body.min_tokens or 0
+    # One token is all there will be, however many the caller wants at least.
+    min_tokens = max(0, min(1, min_tokens))
     changes = {"max_completion_tokens": None} if isinstance(body, ChatBody) else {}
     return msgspec.structs.replace(
         body, stream=False, stream_options=None, max_tokens=1, min_tokens=min_tokens, **changes

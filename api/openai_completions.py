@@ -36,11 +36,11 @@ async def answer(request: web.Request, body: CompletionBody, arrived: float) -> 
     context = request.app[CONTEXT]
     model = context.model_of(body.model)
     leg = leg_of(body.kv_transfer_params, context.info)
+    if leg.kind == "prefill":
+        body = first_token_body(body)
     prompts = check_completion(body, context)
     echo = bool(body.echo) and leg.kind != "prefill"
     prompt_only = echo and body.max_tokens == 0
-    if leg.kind == "prefill":
-        body = first_token_body(body)
     wanted = LogprobsWanted(sample=_num_logprobs(body), prompt=_num_prompt_logprobs(body))
     constraint = await completion_constraint(context, body)
     texts_or_ids = [await encode_prompt(context, prompt, body) for prompt in prompts]

@@ -32,13 +32,14 @@ def response_id(prefix: str, asked: str | None, header: str) -> str:
 
 
 def truncated(ids: Sequence[int], body: SamplingBody, max_model_len: int) -> tuple[int, ...]:
-    """The prompt, or its last `truncate_prompt_tokens` tokens (-1: as many as leave room for an answer)."""
+    """The prompt, or its last `truncate_prompt_tokens` tokens (-1: as many as leave room for one more).
+
+    Both legs of a disaggregated request must come to the same prompt, so nothing else of the body may matter here.
+    """
     keep = body.truncate_prompt_tokens
     if keep is None:
         return tuple(ids)
-    if keep == -1:
-        keep = max(1, max_model_len - (body.max_tokens or 1))
-    return tuple(ids[-keep:])
+    return tuple(ids[-(keep if keep > 0 else max(1, max_model_len - 1)) :])
 
 
 async def build_submission(

@@ -66,6 +66,8 @@ async def generate(request: web.Request) -> web.StreamResponse:
     with context.limiter.slot():
         context.model_of(body.model)
         leg = leg_of(body.kv_transfer_params, context.info)
+        if leg.kind == "prefill":
+            body = first_token_body(body)
         check(body, context.limits)
         check_formats(body)
         check_max_tokens(body.max_tokens, "max_tokens", body.min_tokens)
@@ -74,8 +76,6 @@ async def generate(request: web.Request) -> web.StreamResponse:
         if not decoded.token_ids:
             raise RequestError("token_ids: must not be empty", param="token_ids")
         check_token_ids(decoded.token_ids, "token_ids", context.limits.vocab_size)
-        if leg.kind == "prefill":
-            body = first_token_body(body)
         submission = await build_submission(
             context,
             body,

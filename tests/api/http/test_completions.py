@@ -238,6 +238,14 @@ async def test_a_prompt_can_be_truncated_from_the_left(server: Server) -> None:
     assert server.engine.submitted[0].prompt_ids == (7, 8)
 
 
+async def test_a_prompt_can_be_truncated_to_what_the_context_holds(serve: Any) -> None:
+    server = await serve(max_model_len=10)
+    for max_tokens in (1, 5):
+        body = {"prompt": [5] * 50, "truncate_prompt_tokens": -1, "max_tokens": max_tokens}
+        await server.post_json(PATH, body)
+    assert [len(submit.prompt_ids) for submit in server.engine.submitted] == [9, 9]
+
+
 async def test_what_is_asked_for_beyond_the_context_is_cut_to_what_is_left(serve: Any) -> None:
     server = await serve(max_model_len=20)
     answer = await server.post_json(PATH, {"prompt": [5] * 15, "max_tokens": 20})

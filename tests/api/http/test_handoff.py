@@ -39,6 +39,8 @@ async def test_the_prefill_leg_computes_one_token_and_is_not_streamed(serve: Any
         ({"max_tokens": 1, "min_tokens": 1}, {"min_tokens": 4}, 1),
         ({"max_tokens": 1, "min_tokens": 1}, {"min_tokens": 0}, 0),
         ({"max_tokens": 1}, {}, 0),
+        ({"max_tokens": 1, "min_tokens": 9}, {}, 1),
+        ({"max_tokens": 1, "min_tokens": 1}, {"min_tokens": -5}, 0),
     ],
 )
 async def test_the_routers_min_tokens_is_an_artefact(
