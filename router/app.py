@@ -95,7 +95,7 @@ def build_app(service: "RouterService") -> web.Application:
         app.router.add_post(path, _generating(service))
     for path in PASSED_ON:
         app.router.add_post(path, _passing(service))
-    for path in ("/v1/models", "/v1/models/{model:.+}", "/v1/responses/{id}", "/version"):
+    for path in ("/v1/models", "/v1/models/{model:.+}", "/v1/responses/{id}", "/version", "/openapi.json"):
         app.router.add_get(path, _passing(service))
     app.router.add_get("/health", _health(service))
     app.router.add_get("/readiness", _readiness(service))

@@ -185,12 +185,14 @@ class Canary:
         request = Request("/v1/completions", {}, orjson.dumps(body), "", max_choices=1)
         request.request_id = f"canary-{request.number}"
         sink = MemorySink()
+        started = self._clock()
         try:
             async with asyncio.timeout(self._config.canary_timeout_s):
                 await self._dispatcher.serve(request, sink, pair)
         except TimeoutError:
             sink.body = f"no answer within {self._config.canary_timeout_s:g} s".encode()
-        good = sink.status == 200
+        # An answer that came another way than through this pair proves nothing about it.
+        good = sink.status == 200 and self._proofs.proven_at(pair) >= started
         self._metrics.canaries.labels("good" if good else "failed").inc()
         name = f"{pair.prefill.name if pair.prefill is not None else 'local'} -> {pair.decode.name}"
         if good:

@@ -113,6 +113,8 @@ class StandInNode:
         self.seen: list[tuple[dict[str, str], dict[str, Any]]] = []
         """Headers (lower case) and body of every request to generate."""
         self.released: list[str] = []
+        self.way = "handoff"
+        """Decode: what it says about how it got the state."""
         self.answer_delay_s = 0.0
         """Prefill: from the state being there to the answer."""
         self.cancelled = 0
@@ -211,6 +213,7 @@ class StandInNode:
         for rank, states in zip(self.membership.join.ranks, self.states, strict=True):
             states.epoch = rank.epoch = secrets.token_hex(16)
             states.held.clear()
+        self.membership = Membership(self._config, self.membership.join, self.stats, self._released)
         await self.listen()
         self.rejoin()
 
@@ -311,7 +314,7 @@ class StandInNode:
         prompt_tokens = _prompt_tokens(body)
         stream: web.StreamResponse | None = None
         if params.get("do_remote_prefill"):
-            path = "handoff"
+            path = self.way
             claiming = asyncio.ensure_future(self._claim(params, body))
             try:
                 while True:

@@ -90,3 +90,19 @@ async def test_a_decode_node_alone_is_healthy_when_it_can_prefill():
     async with cluster(make, settings(health={"canary": True})) as it:
         await it.until(lambda: it.service.proofs.healthy(it.service.clock()))
         assert (await health(it))[1]["proven"][0]["prefill"] is None
+
+
+async def test_an_answer_that_was_computed_again_proves_nothing_and_is_not_asked_for_in_a_rush():
+    config = settings(health={"canary": True, "canary_interval_s": 0.2})
+    async with cluster(pairs_of(1, 0), config) as it:
+        decode = StandInNode(
+            it.nodes[0].world, "decode", routers=(f"127.0.0.1:{it.service.cluster_port}",), node_id="d0"
+        )
+        decode.way = "recompute"
+        async with decode:
+            await it.until(lambda: len(decode.seen) >= 2)
+            await asyncio.sleep(1.0)
+            assert len(decode.seen) < 15
+            assert (await health(it))[0] == 503
+            decode.way = "handoff"
+            await it.until(lambda: it.service.proofs.healthy(it.service.clock()))

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import socket
 import subprocess
 import sys
 import time
@@ -249,3 +250,19 @@ def test_the_process_serves_and_ends_on_sigterm(tmp_path):
         process.kill()
         process.wait()
         process.stderr.close()
+
+
+@pytest.mark.parametrize("key", ["server", "cluster"])
+def test_a_port_that_is_taken_is_named_and_ends_with_2(key):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        ports = {"server": 0, "cluster": 0, key: port}
+        command = [sys.executable, "-m", "router"]
+        for name, value in ports.items():
+            command += ["--set", f"{name}.port={value}"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    assert done.returncode == 2, done.stderr
+    assert f"cannot listen on 127.0.0.1:{port}" in done.stderr
+    assert "Traceback" not in done.stderr
