@@ -158,6 +158,10 @@ class Engine:
         for request in self._live.all():
             self._fail(request, "internal", reason)
 
+    def leave_group(self) -> None:
+        """The process ends: ranks that step together with this one must not wait for it."""
+        self._parallel.leave()
+
     def take_messages(self) -> list[FromEngine]:
         """What there is to say before the next step."""
         return self._outbox.take()
@@ -166,10 +170,12 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        """`step` should be called again at once: some request computes, or one that waits may have room now. Without
-        work, call it when a message or a transfer event has arrived.
+        """`step` should be called again at once: some request computes, one that waits may have room now, or other
+        ranks wait for this one. Without work, call it when a message or a transfer event has arrived.
         """
         live = self._live
+        if self._parallel.busy:
+            return True
         return bool(self._rows or live.prefilling or self._outbox or (live.waiting and self._changed))
 
     def step(self) -> list[FromEngine]:

@@ -8,7 +8,7 @@ import orjson
 _PROMPT = "Explain in two sentences why prefill and decode run on different machines."
 
 
-def _metric(text: str, name: str) -> float:
+def metric(text: str, name: str) -> float:
     """The sum over all label sets of one Prometheus series; 0 when it is not there."""
     lines = (line for line in text.splitlines() if line.startswith((f"{name}{{", f"{name} ")))
     return sum(float(line.rsplit(" ", 1)[1]) for line in lines)
@@ -57,7 +57,7 @@ async def demo(url: str, decode_metrics: str, max_tokens: int = 64) -> None:
     print(f"\n\nTTFT {1000 * (first - began):.1f} ms, {rate:.0f} tokens/s, ", end="")
     print(f"{usage.get('prompt_tokens', 0)} prompt + {tokens} generated tokens", end="")
     if decode_metrics:
-        moved = _metric(after, "tandem_handoff_bytes_total") - _metric(before, "tandem_handoff_bytes_total")
-        took = _metric(after, "tandem_handoff_seconds_sum") - _metric(before, "tandem_handoff_seconds_sum")
+        moved = metric(after, "tandem_handoff_bytes_total") - metric(before, "tandem_handoff_bytes_total")
+        took = metric(after, "tandem_handoff_seconds_sum") - metric(before, "tandem_handoff_seconds_sum")
         print(f", {moved / 1024:.1f} KiB of state handed over in {1000 * took:.1f} ms", end="")
     print(flush=True)
