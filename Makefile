@@ -10,6 +10,8 @@ PACKAGES := api benchmarks decode_node engine kernels kv_transfer model node pre
 CHECKPOINT := .cache/tiny-v4
 
 export PYTHONUNBUFFERED := 1
+# Tests run several processes on few cores; threads of one would only wait for those of another.
+test: export OMP_NUM_THREADS := 1
 
 .PHONY: run test check lint types proto setup setup-test clean help
 

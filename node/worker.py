@@ -5,7 +5,7 @@ and the transfer becomes the engine's connector.
 """
 
 import logging
-import os
+import sys
 from pathlib import Path
 from typing import Literal
 
@@ -18,6 +18,8 @@ from runtime.errors import ProcessDied, TandemError
 from runtime.process import ignore_terminal_signals
 
 log = logging.getLogger(__name__)
+
+_SWITCH_INTERVAL_S = 0.0005
 
 
 class WorkerSpec(msgspec.Struct, frozen=True):
@@ -56,9 +58,11 @@ def _serve(channel: EngineChannel, rank: int, spec: WorkerSpec) -> None:
     from node.fingerprint import model_fingerprint
     from runtime.requests import EngineReady
 
-    if "OMP_NUM_THREADS" not in os.environ and not torch.cuda.is_available():
-        # Ranks of one machine share its cores; each taking all of them only makes them wait for each other.
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // (2 * spec.config.data_parallel_size)))
+    if not torch.cuda.is_available():
+        # With one thread a token has the same bits in every batch; with more, sums are split by the batch's shape.
+        torch.set_num_threads(1)
+    # The transfer thread shares the interpreter with the step loop: let it in soon when something has arrived.
+    sys.setswitchinterval(_SWITCH_INTERVAL_S)
     loaded = load_rank(spec.config.engine, holds_states=spec.role == "prefill", rank=rank)
     state_format = StateFormat(
         model_fingerprint=model_fingerprint(loaded.config, loaded.model_config),
