@@ -21,7 +21,7 @@ import yaml
 
 from tools.demo import metric
 from tools.make_checkpoint import main as make_checkpoint
-from tools.up import ClusterConfig, ProcessConfig, cluster, wait_until_proven
+from tools.up import ClusterConfig, Console, ProcessConfig, cluster, wait_until_proven
 
 _LIMIT_MS = 15.0
 
@@ -81,8 +81,9 @@ async def _metrics(session: aiohttp.ClientSession, url: str) -> dict[str, float]
 
 async def _measure(config: ClusterConfig, directory: Path, requests: int, prompt_tokens: int) -> None:
     urls = {name: _url(directory, name) for name in ("standalone", "router-local", "router-split", "decode")}
+    console = Console()
     async with cluster(config, directory) as programs:
-        watchers = [asyncio.create_task(program.watch()) for program in programs]
+        watchers = [asyncio.create_task(program.watch(console)) for program in programs]
         try:
             for url in (urls["router-local"], urls["router-split"]):
                 await wait_until_proven(url, 120)

@@ -13,7 +13,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import aiohttp
@@ -52,6 +52,29 @@ def _die_with_parent() -> None:
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 
 
+class Console:
+    """Where the processes' lines go. While held, they wait, so that the demo's answer stays in one piece."""
+
+    def __init__(self) -> None:
+        self._held: list[str] | None = None
+
+    def line(self, text: str) -> None:
+        if self._held is None:
+            print(text, flush=True)
+        else:
+            self._held.append(text)
+
+    @contextlib.contextmanager
+    def hold(self) -> Iterator[None]:
+        self._held = []
+        try:
+            yield
+        finally:
+            held, self._held = self._held, None
+            for text in held:
+                self.line(text)
+
+
 class Program:
     """One process of the cluster, in its own session so that Ctrl-C reaches only the launcher."""
 
@@ -74,12 +97,12 @@ class Program:
             preexec_fn=_die_with_parent,
         )
 
-    async def watch(self) -> None:
+    async def watch(self, console: Console) -> None:
         """Pass its output on, line by line, and raise ProcessDied at its end."""
         assert self._process is not None
         assert self._process.stdout is not None
         async for line in self._process.stdout:
-            print(f"{self.name:{self._width}} | {line.decode(errors='replace').rstrip()}", flush=True)
+            console.line(f"{self.name:{self._width}} | {line.decode(errors='replace').rstrip()}")
         raise ProcessDied(f"{self.name} ended with exit code {await self._process.wait()}")
 
     async def stop(self, grace_s: float) -> None:
@@ -130,12 +153,15 @@ async def cluster(config: ClusterConfig, directory: Path) -> AsyncIterator[list[
 
 
 async def up(config: ClusterConfig, directory: Path, show_demo: bool, stopping: asyncio.Event) -> None:
+    console = Console()
+
     async def serve() -> None:
         began = time.monotonic()
         await wait_until_proven(config.url, config.ready_timeout_s)
         log.info("ready after %.1f s: serving on %s", time.monotonic() - began, config.url)
         if show_demo:
-            await demo(config.url, config.decode_metrics)
+            with console.hold():
+                await demo(config.url, config.decode_metrics)
             print(f"\nserving on {config.url} (OpenAI API); Ctrl-C stops everything\n", flush=True)
         await stopping.wait()
 
@@ -143,7 +169,7 @@ async def up(config: ClusterConfig, directory: Path, show_demo: bool, stopping: 
     tasks = [asyncio.create_task(serve()), asyncio.create_task(stopping.wait())]
     try:
         async with cluster(config, directory) as programs:
-            watchers = [asyncio.create_task(program.watch()) for program in programs]
+            watchers = [asyncio.create_task(program.watch(console)) for program in programs]
             done, _ = await asyncio.wait([*tasks, *watchers], return_when=asyncio.FIRST_COMPLETED)
             for task in done:
                 task.result()
