@@ -1,8 +1,8 @@
 """Ranks of one node group that step together: what they agree on before each step.
 
 With experts spread over the ranks, a forward pass of one needs all of them. Before each step every rank says what it
-would run; all get the same answer. A rank without work takes part with an empty batch, and when nobody has work
-nobody steps. (How tokens reach experts is `model.moe.ExpertParallel`; it belongs to the model.)
+would run; all get the same answer. A rank without work takes part with an empty batch, and when nobody has work nobody
+steps. `lockstep.Lockstep` is the implementation for several ranks; how tokens reach experts is `expert_exchange`.
 """
 
 from typing import Protocol
@@ -22,12 +22,15 @@ class StepIntent(msgspec.Struct, frozen=True):
 class StepPlan(msgspec.Struct, frozen=True):
     """What all ranks run in the next step."""
 
-    runs: bool
-    """Somebody has work: everybody calls the model, if need be with an empty batch."""
-    max_tokens: int
-    """The largest batch of any rank; what sizes of buffers and graphs are chosen by."""
+    num_tokens: tuple[int, ...]
+    """Tokens of every rank's batch, by rank. The largest is what sizes of buffers and graphs are chosen by."""
     decode_only: bool
     """No rank runs a prompt."""
+
+    @property
+    def runs(self) -> bool:
+        """Somebody has work: everybody calls the model, if need be with an empty batch."""
+        return any(self.num_tokens)
 
 
 class Parallel(Protocol):
@@ -37,15 +40,26 @@ class Parallel(Protocol):
     def size(self) -> int:
         """Ranks in the group."""
 
+    @property
+    def busy(self) -> bool:
+        """Another rank may be waiting for this one: `agree` must be called without delay, with or without work."""
+
     def agree(self, intent: StepIntent) -> StepPlan:
-        """Collective. Raises EngineError when a peer does not answer in time."""
+        """Collective while the group is busy. Raises EngineError when a peer is gone or does not answer in time."""
         ...
+
+    def leave(self) -> None:
+        """Tell the others that this rank steps no more; none of them does from then on."""
 
 
 class SingleRank:
     """A group of one: agrees with itself."""
 
     size = 1
+    busy = False
 
     def agree(self, intent: StepIntent) -> StepPlan:
-        return StepPlan(runs=intent.num_tokens > 0, max_tokens=intent.num_tokens, decode_only=intent.decode_only)
+        return StepPlan((intent.num_tokens,), intent.decode_only)
+
+    def leave(self) -> None:
+        """Nobody to tell."""

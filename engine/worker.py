@@ -53,6 +53,7 @@ class EngineWorker:
         for message in self._channel.receive(idle_s):
             if isinstance(message, Shutdown):
                 log.info("asked to stop")
+                self._engine.leave_group()
                 return False
             self._dispatch(message)
         for said in self._engine.step():
