@@ -38,7 +38,7 @@ def node_families() -> list[Metric]:
     registry = CollectorRegistry()
     NodeMetrics(registry)
     info = EngineInfo(model_id="model", max_model_len=1, vocab_size=2, role="decode", num_ranks=1)
-    ApiMetrics(NodeEngineClient(info, (), lambda _: None), "model", registry)
+    ApiMetrics(NodeEngineClient(info, (), lambda _: None, recompute=False), "model", registry)
     return _ours(registry)
 
 
