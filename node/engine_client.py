@@ -73,7 +73,7 @@ class NodeEngineClient:
         engine = self._engines[rank]
         if (reason := engine.trouble()) is not None:
             raise EngineError(f"request {request.request_id}: {reason}")
-        stream = TokenQueue(request.request_id, self._abort)
+        stream = TokenQueue(request.request_id, self._abort, rank)
         self._streams[request.request_id] = (stream, engine)
         engine.send(request)
         return stream

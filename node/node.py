@@ -71,6 +71,8 @@ async def serve(config: NodeConfig, role: Role, stopping: asyncio.Event) -> None
             vocab_size=model_config.vocab_size,
             role=role,
             num_ranks=len(engines),
+            node_id=config.id,
+            checkpoint=str(config.engine.model),
         )
         registry = CollectorRegistry()
         metrics = NodeMetrics(registry)
