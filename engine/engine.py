@@ -8,6 +8,7 @@ All methods belong to the step thread. Between two steps every page and slot is 
 lent to a transfer; `check_integrity` proves it.
 """
 
+import itertools
 import logging
 from collections.abc import Sequence
 
@@ -255,17 +256,17 @@ class Engine:
 
     def _advance(self, chunks: Sequence[Chunk], result: StepResult) -> None:
         """The state now holds the chunks' tokens."""
-        place = 0
+        if result.scored is not None:
+            counts = [c.request.sampling.prompt_logprobs or 0 for c in chunks for _ in c.scored]
+            entries = iter(result.scored.messages(counts))
+            for chunk in chunks:
+                if chunk.request.prompt_logprobs is not None:
+                    chunk.request.prompt_logprobs.extend(itertools.islice(entries, len(chunk.scored)))
         for chunk in chunks:
             request = chunk.request
             completes = chunk.completes
             request.num_computed += chunk.num_tokens
             self._prompt_tokens += chunk.num_tokens
-            if chunk.scored and result.scored is not None and request.prompt_logprobs is not None:
-                count = request.sampling.prompt_logprobs or 0
-                for index in range(place, place + len(chunk.scored)):
-                    request.prompt_logprobs.append(result.scored.message(index, count))
-                place += len(chunk.scored)
             if completes:
                 self._live.prefilling.remove(request)
             elif isinstance(request.handoff, SendState):
@@ -274,7 +275,7 @@ class Engine:
     # Tokens out
 
     def _collect(self, requests: Sequence[Request], num_decode: int, result: StepResult) -> None:
-        """Append the sampled tokens. Only first and last tokens and watched requests are looked at one by one."""
+        """Append the sampled tokens. Only first and last tokens and grammars are looked at one by one."""
         count = len(requests)
         rows = self._rows
         token_ids = result.token_ids
@@ -287,7 +288,7 @@ class Engine:
         finite = np.isfinite(result.best)
         special = rows.num_generated[:count] >= rows.max_generated[:count]
         special |= np.isin(token_ids, self._eos_ids) & ~rows.ignore_eos[:count]
-        special |= rows.watched[:count]
+        special |= rows.has_grammar[:count]
         special |= ~finite
         special[num_decode:] = True
         for row in np.flatnonzero(rows.has_stop_ids[:count]).tolist():
@@ -295,15 +296,16 @@ class Engine:
         outputs: list[Tokens | None] = [
             Tokens(request.request_id, (token_id,)) for request, token_id in zip(requests, tokens, strict=True)
         ]
-        logprob_index = 0
+        logprobs: dict[int, TokenLogprobs] = {}
+        if result.logprobs is not None:
+            wanted = [requests[row].sampling.logprobs or 0 for row in result.logprob_rows]
+            logprobs = dict(zip(result.logprob_rows, result.logprobs.messages(wanted), strict=True))
+            for row, entry in logprobs.items():
+                outputs[row] = Tokens(requests[row].request_id, (tokens[row],), (entry,))
         for row in np.flatnonzero(special).tolist():
             request = requests[row]
-            logprobs = None
-            if result.logprobs is not None and request.sampling.logprobs is not None:
-                logprobs = result.logprobs.message(logprob_index, request.sampling.logprobs)
-                logprob_index += 1
             if finite[row]:
-                outputs[row] = self._token(request, logprobs)
+                outputs[row] = self._token(request, logprobs.get(row))
             else:
                 request.generated.pop()
                 self._fail_choice(request, float(result.best[row]))

@@ -29,15 +29,14 @@ class Rows:
         """Output tokens at which the request ends."""
         self.ignore_eos: NDArray[np.bool_] = np.zeros(capacity, np.bool_)
         self.has_stop_ids: NDArray[np.bool_] = np.zeros(capacity, np.bool_)
-        self.watched: NDArray[np.bool_] = np.zeros(capacity, np.bool_)
-        """Every token needs more than its id in a message: grammar or log-probabilities."""
+        self.has_grammar: NDArray[np.bool_] = np.zeros(capacity, np.bool_)
         self.slot: NDArray[np.int32] = np.zeros(capacity, np.int32)
         self.num_pages: NDArray[np.int32] = np.zeros(capacity, np.int32)
         self.page_table: NDArray[np.int32] = np.zeros((capacity, max_pages), np.int32)
         """Entries from `num_pages` on are left over from others: valid page ids, never to be used."""
         self._columns = (
             self.token, self.context_len, self.num_generated, self.max_generated, self.ignore_eos,
-            self.has_stop_ids, self.watched, self.slot, self.num_pages,
+            self.has_stop_ids, self.has_grammar, self.slot, self.num_pages,
         )  # fmt: skip
         self._row_of: dict[str, int] = {}
 
@@ -58,7 +57,7 @@ class Rows:
         self.max_generated[row] = max_generated
         self.ignore_eos[row] = sampling.ignore_eos
         self.has_stop_ids[row] = bool(sampling.stop_token_ids)
-        self.watched[row] = request.matcher is not None or sampling.logprobs is not None
+        self.has_grammar[row] = request.matcher is not None
         self.slot[row] = request.owned.slot_id
         self.set_pages(row, request.owned.page_ids)
         self.changes += 1

@@ -25,7 +25,7 @@ class Scoring:
 
 
 class HostLogprobs:
-    """`Logprobs` as Python numbers, made into messages one by one."""
+    """`Logprobs` as Python numbers."""
 
     def __init__(self, logprobs: Logprobs, targets: Sequence[int]) -> None:
         self._targets = targets
@@ -34,16 +34,16 @@ class HostLogprobs:
         self._top_ids = logprobs.top_ids.tolist()
         self._top_logprobs = logprobs.top_logprobs.tolist()
 
-    def message(self, index: int, count: int) -> TokenLogprobs:
-        """Entry `index` with its `count` most likely ids, -1 for all."""
-        kept = None if count < 0 else count
-        return TokenLogprobs(
-            self._targets[index],
-            self._logprob[index],
-            self._rank[index],
-            tuple(self._top_ids[index][:kept]),
-            tuple(self._top_logprobs[index][:kept]),
-        )
+    def messages(self, counts: Sequence[int]) -> list[TokenLogprobs]:
+        """All entries, each with as many of its most likely ids as its count says, -1 for all."""
+        return [
+            TokenLogprobs(target, logprob, rank, tuple(ids), tuple(logprobs))
+            if count < 0
+            else TokenLogprobs(target, logprob, rank, tuple(ids[:count]), tuple(logprobs[:count]))
+            for target, logprob, rank, ids, logprobs, count in zip(
+                self._targets, self._logprob, self._rank, self._top_ids, self._top_logprobs, counts, strict=True
+            )
+        ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +54,10 @@ class StepResult:
     """[B]."""
     best: NDArray[np.float32]
     """[B]: largest logit left to choose from; -inf where nothing was allowed, NaN or inf where the model broke."""
+    logprob_rows: Sequence[int]
+    """The rows that asked for log-probabilities, ascending."""
     logprobs: HostLogprobs | None
-    """Of the rows that asked, in order of rows."""
+    """Theirs, in that order."""
     scored: HostLogprobs | None
     """Of the scored prompt positions, in order."""
 
@@ -95,11 +97,13 @@ class Runner:
             scored = HostLogprobs(of_prompt, scoring.targets.tolist())
             logits = logits[:num_sampled]
         if not num_sampled:
-            return StepResult(np.zeros(0, np.int64), np.zeros(0, np.float32), None, scored)
+            return StepResult(np.zeros(0, np.int64), np.zeros(0, np.float32), (), None, scored)
         sampled = sample(logits, inputs)
         record(sampled.token_ids)
         token_ids = sampled.token_ids.cpu().numpy()
+        rows: list[int] = []
         logprobs = None
         if sampled.logprobs is not None and inputs.logprobs is not None:
-            logprobs = HostLogprobs(sampled.logprobs, token_ids[inputs.logprobs[0].cpu().numpy()].tolist())
-        return StepResult(token_ids, sampled.best.cpu().numpy(), logprobs, scored)
+            rows = inputs.logprobs[0].tolist()
+            logprobs = HostLogprobs(sampled.logprobs, token_ids[rows].tolist())
+        return StepResult(token_ids, sampled.best.cpu().numpy(), rows, logprobs, scored)

@@ -51,8 +51,6 @@ class _Extras:
     banned_ids: NDArray[np.int64]
     stop_ids: NDArray[np.int64]
     """What `min_tokens` forbids."""
-    allowed_words: NDArray[np.int32] | None
-    """Bits as in `SamplingInputs.allowed`."""
     sequences: dict[int, list[tuple[int, ...]]]
     """Bad words of several ids, by their last id but one."""
 
@@ -76,6 +74,8 @@ class SamplingRows:
         self._line: NDArray[np.int64] = np.full(capacity, -1, np.int64)
         self._min_tokens: NDArray[np.int64] = np.zeros(capacity, np.int64)
         self._num_logprobs: NDArray[np.int64] = np.zeros(capacity, np.int64)
+        self._words: NDArray[np.int32] = np.zeros((capacity, self._num_words), np.int32)
+        """Bits as in `SamplingInputs.allowed`, for the rows with a list of allowed ids."""
         self._extras: list[_Extras | None] = [None] * capacity
         self._columns = (
             self._features, self._seed, self._temperature, self._min_p, self._top_k, self._top_p, self._penalties,
@@ -116,16 +116,14 @@ class SamplingRows:
         self._penalties[row] = (s.repetition_penalty, s.frequency_penalty, s.presence_penalty)
         self._min_tokens[row] = s.min_tokens
         self._num_logprobs[row] = s.logprobs or 0
-        has_lists = s.logit_bias or s.bad_words or s.allowed_token_ids or s.min_tokens
-        self._extras[row] = self._extras_of(request) if has_lists else None
-
-    def _extras_of(self, request: Request) -> _Extras:
-        s = request.sampling
-        words = None
+        self._extras[row] = self._extras_of(request) if s.logit_bias or s.bad_words or s.min_tokens else None
         if s.allowed_token_ids:
             bits = np.zeros(32 * self._num_words, np.uint8)
             bits[list(s.allowed_token_ids)] = 1
-            words = np.packbits(bits, bitorder="little").view(np.int32)
+            self._words[row] = np.packbits(bits, bitorder="little").view(np.int32)
+
+    def _extras_of(self, request: Request) -> _Extras:
+        s = request.sampling
         eos_ids = () if s.ignore_eos else self._eos_ids
         sequences: dict[int, list[tuple[int, ...]]] = {}
         for word in s.bad_words:
@@ -136,7 +134,6 @@ class SamplingRows:
             bias_values=np.array([value for _, value in s.logit_bias], np.float32),
             banned_ids=np.array([word[0] for word in s.bad_words if len(word) == 1], np.int64),
             stop_ids=np.array([*s.stop_token_ids, *eos_ids], np.int64),
-            allowed_words=words,
             sequences=sequences,
         )
 
@@ -146,6 +143,8 @@ class SamplingRows:
             self._counts.give_back(int(self._line[row]))
         for column in self._columns:
             column[row] = column[last]
+        if self._features[row] & _Feature.ALLOWED:
+            self._words[row] = self._words[last]
         self._extras[row] = self._extras[last]
         self._extras[last] = None
 
@@ -225,9 +224,8 @@ class SamplingRows:
         return Pairs(pairs.rows, pairs.ids, self._tensor(values))
 
     def _build_allowed(self, count: int) -> tuple[Tensor, Tensor]:
-        limited = self._extras_with(_Feature.ALLOWED, count)
-        words = np.stack([extras.allowed_words for _, extras in limited if extras.allowed_words is not None])
-        return self._tensor(np.array([row for row, _ in limited])), self._tensor(words)
+        rows = self._rows_with(_Feature.ALLOWED, count)
+        return self._tensor(rows), self._tensor(self._words[rows])
 
     def _static_bans(self, count: int) -> list[tuple[int, NDArray[np.int64]]]:
         return [(row, extras.banned_ids) for row, extras in self._extras_with(_Feature.BANNED, count)]
@@ -274,7 +272,7 @@ class SamplingRows:
         rows = self._rows_with(_Feature.GRAMMAR | _Feature.ALLOWED, len(requests))
         words = np.full((len(rows), self._num_words), -1, np.int32)
         for line, row in zip(words, rows.tolist(), strict=True):
-            matcher, extras = requests[row].matcher, self._extras[row]
+            matcher = requests[row].matcher
             if matcher is not None:
                 try:
                     matcher.fill_bitmask(line)
@@ -282,6 +280,6 @@ class SamplingRows:
                     # One request's grammar must not end the step of all: nothing is allowed, so only this one fails.
                     log.exception("request %s: its grammar failed", requests[row].request_id)
                     line[:] = 0
-            if extras is not None and extras.allowed_words is not None:
-                line &= extras.allowed_words
+            if requests[row].sampling.allowed_token_ids:
+                line &= self._words[row]
         return self._tensor(rows), self._tensor(words)
