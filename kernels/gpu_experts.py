@@ -27,8 +27,6 @@ from kernels.triton_quantize import QuantizedRows, scale_stride
 
 BLOCK_ROWS = (8, 16, 32, 48, 64, 96, 128)
 """Rows of one expert a CTA computes together, as compiled in experts_w4a8.cu."""
-MANY_ROWS = 96
-"""Fastest where every expert has hundreds of rows: 128 spill registers."""
 
 
 class PackedBank(NamedTuple):
@@ -54,7 +52,7 @@ def block_rows_for(num_tokens: int, topk: int, total_experts: int) -> int:
     so that nearly every expert's weights are read once."""
     mean = num_tokens * topk / total_experts
     wanted = mean + 1.5 * mean**0.5
-    return next((size for size in BLOCK_ROWS if size >= wanted), MANY_ROWS)
+    return next((size for size in BLOCK_ROWS if size >= wanted), BLOCK_ROWS[-1])
 
 
 def _launch(

@@ -1,15 +1,15 @@
-"""Hyper-connections in three launches (specification: kernels.hyper_connection).
+"""Hyper-connections in four launches (specification: kernels.hyper_connection).
 
 T tokens, S = 4 streams, D hidden (a multiple of 128), streams bf16. The seam between two sublayers, post then pre:
 
 1. The new streams, elementwise.
 2. Their product with fn on the tensor cores, split over features, and the square sum. Streams are exact in bf16 and fn
    goes in as two bf16 halves, so the product is good to 2^-17 of each term, better than tf32.
-3. A program per token adds the parts, forms the four input weights and the normed input; beside them, programs of 32
-   tokens run Sinkhorn, one token a lane, all sixteen numbers in registers.
+3. A program per token adds the parts, forms the four input weights and the normed input.
+4. A warp per 32 tokens runs Sinkhorn, one token a lane, all sixteen numbers in registers.
 
 Sums run in a fixed order: a token's results do not depend on timing, and on the batch only through the slice count.
-Bound by memory: at decode the second and third launch find the streams in L2.
+Bound by memory: at decode all but the first launch find the streams in L2.
 """
 
 from __future__ import annotations
@@ -99,19 +99,12 @@ def _softmax(a, b, c, d, eps, INTERPRET: tl.constexpr):
 
 
 @triton.jit
-def _mix(parts, sums, scale, base, post, comb, token, num_tokens, num_parts, features, hc_eps, norm_eps, iterations,
-         COLUMNS: tl.constexpr, MIX_TOKENS: tl.constexpr, INTERPRET: tl.constexpr):  # fmt: skip
+def _mix_kernel(
+    sums, scale, base, post, comb, num_tokens, features, hc_eps, norm_eps, iterations,
+    COLUMNS: tl.constexpr, MIX_TOKENS: tl.constexpr, INTERPRET: tl.constexpr,
+):  # fmt: skip
+    token = (tl.program_id(0) * MIX_TOKENS + tl.arange(0, MIX_TOKENS)).to(tl.int64)
     live = token < num_tokens
-    column = tl.arange(0, COLUMNS)
-    total = tl.zeros((MIX_TOKENS, COLUMNS), tl.float32)
-    for first in range(0, num_parts, 8):
-        part = first + tl.arange(0, 8)
-        place = (part[:, None, None].to(tl.int64) * num_tokens + token[None, :, None]) * COLUMNS + column[None, None, :]
-        inside = (part < num_parts)[:, None, None] & live[None, :, None]
-        total += tl.sum(tl.load(parts + place, mask=inside, other=0.0), axis=0)
-    # Through memory from rows of mixes to one vector per mix, a token a lane.
-    tl.store(sums + token[:, None] * COLUMNS + column[None, :], total, mask=live[:, None])
-    tl.debug_barrier()
     factor = tl.rsqrt(tl.load(sums + token * COLUMNS + 24, mask=live, other=1.0) / features + norm_eps)
     for stream in tl.static_range(4):
         value = _mix_column(sums, scale, base, 4 + stream, token, live, factor, COLUMNS)
@@ -167,38 +160,32 @@ def _mix(parts, sums, scale, base, post, comb, token, num_tokens, num_parts, fea
 
 @triton.jit
 def _pre_kernel(
-    streams, parts, sums, scale, base, norm_weight, inputs, post, comb, num_tokens, hidden, num_parts, features, hc_eps,
-    norm_eps, iterations, NUM: tl.constexpr, SCALES: tl.constexpr, NORM: tl.constexpr, MIX: tl.constexpr,
-    MIX_TOKENS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr, INTERPRET: tl.constexpr,
+    streams, parts, sums, scale, base, norm_weight, inputs, num_tokens, hidden, num_parts, features, hc_eps, norm_eps,
+    NUM: tl.constexpr, SCALES: tl.constexpr, NORM: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr,
+    BLOCK: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    program = tl.program_id(0)
-    # The Sinkhorn programs come first: theirs is the longest chain.
-    mixers = tl.cdiv(num_tokens, MIX_TOKENS) if MIX else 0
-    if program < mixers:
-        block = (program * MIX_TOKENS + tl.arange(0, MIX_TOKENS)).to(tl.int64)
-        _mix(parts, sums, scale, base, post, comb, block, num_tokens, num_parts, features, hc_eps, norm_eps, iterations,
-             COLUMNS, MIX_TOKENS, INTERPRET)  # fmt: skip
-    else:
-        token = (program - mixers).to(tl.int64)
-        channel = tl.arange(0, BLOCK)
-        inside = channel < hidden
-        part, column = tl.arange(0, PARTS), tl.arange(0, COLUMNS)
-        place = (part[:, None].to(tl.int64) * num_tokens + token) * COLUMNS + column[None, :]
-        mixes = tl.sum(tl.load(parts + place, mask=(part < num_parts)[:, None], other=0.0), axis=0)
-        factor = tl.rsqrt(tl.sum(tl.where(column == NUM, mixes, 0.0), axis=0) / features + norm_eps)
-        total = tl.zeros((BLOCK,), tl.float32)
-        for stream in tl.static_range(4):
-            value = tl.sum(tl.where(column == stream, mixes, 0.0), axis=0) * factor
-            value = value * tl.load(scale + (stream if SCALES else 0)) + tl.load(base + stream)
-            x = tl.load(streams + (token * 4 + stream) * hidden + channel, mask=inside, other=0.0).to(tl.float32)
-            total += (sigmoid(value) + hc_eps) * x
-        collapsed = to_bf16(total, INTERPRET)
-        if NORM:
-            wide = collapsed.to(tl.float32)
-            inverse = tl.rsqrt(tl.sum(wide * wide, axis=0) / hidden + norm_eps)
-            weight = tl.load(norm_weight + channel, mask=inside, other=0.0)
-            collapsed = to_bf16(wide * inverse * weight, INTERPRET)
-        tl.store(inputs + token * hidden + channel, collapsed, mask=inside)
+    token = tl.program_id(0).to(tl.int64)
+    channel = tl.arange(0, BLOCK)
+    inside = channel < hidden
+    part, column = tl.arange(0, PARTS), tl.arange(0, COLUMNS)
+    place = (part[:, None].to(tl.int64) * num_tokens + token) * COLUMNS + column[None, :]
+    mixes = tl.sum(tl.load(parts + place, mask=(part < num_parts)[:, None], other=0.0), axis=0)
+    if NORM:
+        tl.store(sums + token * COLUMNS + column, mixes)
+    factor = tl.rsqrt(tl.sum(tl.where(column == NUM, mixes, 0.0), axis=0) / features + norm_eps)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for stream in tl.static_range(4):
+        value = tl.sum(tl.where(column == stream, mixes, 0.0), axis=0) * factor
+        value = value * tl.load(scale + (stream if SCALES else 0)) + tl.load(base + stream)
+        x = tl.load(streams + (token * 4 + stream) * hidden + channel, mask=inside, other=0.0).to(tl.float32)
+        total += (sigmoid(value) + hc_eps) * x
+    collapsed = to_bf16(total, INTERPRET)
+    if NORM:
+        wide = collapsed.to(tl.float32)
+        inverse = tl.rsqrt(tl.sum(wide * wide, axis=0) / hidden + norm_eps)
+        weight = tl.load(norm_weight + channel, mask=inside, other=0.0)
+        collapsed = to_bf16(wide * inverse * weight, INTERPRET)
+    tl.store(inputs + token * hidden + channel, collapsed, mask=inside)
 
 
 _halves: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
@@ -218,11 +205,11 @@ def _halves_of(fn: Tensor) -> Tensor:
 
 
 def _slices(num_tokens: int, features: int, device: torch.device) -> tuple[int, int]:
-    """(tokens a program takes, slices of features): about two programs a multiprocessor."""
-    tokens = 16 if num_tokens <= 64 else 32 if num_tokens <= 512 else 64
+    """(tokens a program takes, slices of features): about one program a multiprocessor."""
+    tokens = 64 if num_tokens > 16 else 16
     blocks, steps = triton.cdiv(num_tokens, tokens), features // CHANNELS
     slices = 1
-    while steps % (2 * slices) == 0 and 2 * slices <= 32 and blocks * slices < 2 * num_multiprocessors(device):
+    while steps % (2 * slices) == 0 and blocks * slices < num_multiprocessors(device) - 8:
         slices *= 2
     return tokens, slices
 
@@ -266,7 +253,7 @@ def _project(streams: Tensor, weights: HyperWeights) -> Tensor:
 def _finish(
     streams: Tensor, parts: Tensor, weights: HyperWeights, norm_weight: Tensor | None, settings: HyperSettings
 ) -> tuple[Tensor, Mix]:
-    """Third launch; without a norm weight it only collapses the streams."""
+    """Third and fourth launch; without a norm weight it only collapses the streams."""
     num_tokens, _, hidden = streams.shape
     device, with_mix = streams.device, norm_weight is not None
     inputs = torch.empty(num_tokens, hidden, dtype=streams.dtype, device=device)
@@ -275,15 +262,19 @@ def _finish(
     sums = torch.empty(num_tokens if with_mix else 0, COLUMNS, dtype=torch.float32, device=device)
     if num_tokens:
         block = triton.next_power_of_2(hidden)
-        mixers = triton.cdiv(num_tokens, MIX_TOKENS) if with_mix else 0
-        _pre_kernel[(num_tokens + mixers,)](
+        _pre_kernel[(num_tokens,)](
             streams, parts, sums, weights.scale, weights.base, norm_weight if norm_weight is not None else parts,
-            inputs, post, comb, num_tokens, hidden, parts.shape[0], float(STREAMS * hidden), settings.hc_eps,
-            settings.norm_eps, settings.iterations, NUM=weights.fn.shape[0], SCALES=weights.scale.shape[0] > 1,
-            NORM=with_mix, MIX=with_mix, MIX_TOKENS=MIX_TOKENS, COLUMNS=COLUMNS,
+            inputs, num_tokens, hidden, parts.shape[0], float(STREAMS * hidden), settings.hc_eps, settings.norm_eps,
+            NUM=weights.fn.shape[0], SCALES=weights.scale.shape[0] > 1, NORM=with_mix, COLUMNS=COLUMNS,
             PARTS=triton.next_power_of_2(parts.shape[0]), BLOCK=block, INTERPRET=INTERPRET,
-            num_warps=max(1, min(4, block // 512)),
+            num_warps=max(1, min(8, block // 512)),
         )  # fmt: skip
+        if with_mix:
+            _mix_kernel[(triton.cdiv(num_tokens, MIX_TOKENS),)](
+                sums, weights.scale, weights.base, post, comb, num_tokens, float(STREAMS * hidden), settings.hc_eps,
+                settings.norm_eps, settings.iterations, COLUMNS=COLUMNS, MIX_TOKENS=MIX_TOKENS, INTERPRET=INTERPRET,
+                num_warps=1,
+            )  # fmt: skip
     return inputs, Mix(post, comb)
 
 

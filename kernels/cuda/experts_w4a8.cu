@@ -243,7 +243,7 @@ experts_kernel(const __grid_constant__ CUtensorMap rows_map, const __grid_consta
                const Arguments arguments) {
   using P = Plan<N, UP>;
   extern __shared__ uint8_t unaligned[];
-  uint8_t* stages = reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(unaligned) + 1023) & ~uintptr_t(1023));
+  uint8_t* stages = aligned_to_1024(unaligned);
   uint8_t* staged = stages + P::kStages * P::kStageBytes;
   uint8_t* fixed = staged + P::kOutputBytes;
   // fixed area: barriers [0, 256), table [256, 384); the row bookkeeping lives in its own static arrays

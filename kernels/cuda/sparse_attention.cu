@@ -2,8 +2,8 @@
 // kernels/triton_sparse_attention.py.
 //
 // A CTA takes one token (or one part of its keys) and all heads. Two producer warpgroups gather 64 rows at a time, turn
-// e4m3 into bf16 by shifting bits into place and two exact multiplications by powers of two, and each fill one of two
-// swizzled tiles. Two consumer warpgroups each compute all 64 x 64 logits and the softmax, and half of the output channels:
+// e4m3 into bf16 by shifting bits into place and two exact multiplications by powers of two, and fill one of two swizzled
+// tiles. Two consumer warpgroups each compute all 64 x 64 logits and the softmax, and half of the output channels:
 // doing the logits twice costs half a tile of tensor-core time and saves every exchange between them. The tile is read as
 // the K-major operand of the logits and as the transposed operand of the values.
 // Bound by the tensor cores (1.5 x the products' work) and by shared-memory bandwidth, which are level here.
@@ -20,14 +20,12 @@ constexpr int kHeads = 64, kChannels = 512, kPlain = 448, kKeys = 64;
 constexpr int kSubTile = kKeys * 128;                    // 64 rows of 64 bf16 channels
 constexpr int kTile = kChannels / 64 * kSubTile;         // one operand: 64 KiB
 constexpr int kStages = 2;
-constexpr int kRowParts = (kPlain + 2 * 64) / 16;        // 16-byte parts of a packed row
-constexpr int kPieces = kKeys * kRowParts / 128;         // of a producer thread per tile
-constexpr int kBatch = 6;                                // pieces in flight
 constexpr int kConsumers = 256, kProducers = 256, kThreads = kConsumers + kProducers;
 constexpr int kTableTiles = 16;                          // tiles whose rows are located at once
-constexpr int kSharedBytes = (1 + kStages) * kTile + 1024;
-static_assert(kTableTiles % kStages == 0 && kProducers == 128 * kStages);
-static_assert(kPieces == 18 && kPieces % kBatch == 0);
+constexpr int kTurn = 5;                                 // named barriers kTurn + group
+constexpr int kRawBytes = kKeys * kPlain;
+constexpr int kSharedBytes = (1 + kStages) * kTile + kRawBytes + 1024;
+static_assert(kKeys == 64 && kProducers == 4 * kKeys && kTableTiles * kKeys % kProducers == 0);
 
 struct Arguments {
   const __nv_bfloat16* q;
@@ -44,47 +42,64 @@ struct Arguments {
   float logit_scale;
 };
 
-struct Row {
-  const uint8_t* data;  // null: no key
-  uint2 scales;
-};
-
 __device__ __forceinline__ int swizzled(int row, int chunk) {
   return (chunk / 8) * kSubTile + row * 128 + (((chunk % 8) ^ (row % 8)) * 16);
 }
 
-// Where key `lane` of tile `tile` lies, and its scale bytes.
-__device__ __forceinline__ Row locate(const Arguments& a, int64_t token, int tile, int lane) {
-  const int request = a.requests[token];
+// What a token's keys have in common.
+struct Token {
+  int position, context, first_fresh;
+  const uint8_t *ring, *ring_scales;
+  const int *pages, *selected;
+};
+
+__device__ __forceinline__ Token load_token(const Arguments& a, int64_t token) {
+  const int64_t request = a.requests[token];
+  const int64_t slot = a.slot_ids[request];
+  const int context = a.context_len[request];
+  return {static_cast<int>(a.positions[token]),
+          context,
+          a.query_start[request] - context,
+          a.ring + slot * a.stride_slot,
+          a.ring_scales + slot * a.stride_slot_scales,
+          a.page_table + request * a.stride_pages,
+          a.selected + token * a.stride_selected};
+}
+
+// Where a key's row lies: its pool in the two bits below the sign, its number in the pool below them; negative: no key.
+constexpr int kPoolShift = 29;
+enum Pool { kRing = 0, kChunk = 1, kEntries = 2 };
+
+__device__ __forceinline__ int locate(const Arguments& a, const Token& token, int tile, int lane) {
   const int window_tiles = (a.window + kKeys - 1) / kKeys;
-  const uint8_t *data = nullptr, *scales = nullptr;
   if (tile < window_tiles) {
-    const int step = tile * kKeys + lane;
-    const int row = static_cast<int>(a.positions[token]) - step;
-    if (step < a.window && row >= 0) {
-      const int context = a.context_len[request];
-      if (row >= context) {
-        const int64_t fresh = a.query_start[request] + row - context;
-        data = a.chunk + fresh * a.stride_chunk;
-        scales = a.chunk_scales + fresh * a.stride_chunk_scales;
-      } else {
-        const int64_t slot = a.slot_ids[request];
-        data = a.ring + slot * a.stride_slot + row % a.window * a.stride_row;
-        scales = a.ring_scales + slot * a.stride_slot_scales + row % a.window * a.stride_row_scales;
-      }
-    }
-  } else {
-    const int number = (tile - window_tiles) * kKeys + lane;
-    const int entry = number < a.num_selected ? a.selected[token * a.stride_selected + number] : -1;
-    if (entry >= 0) {
-      const int64_t page = a.page_table[static_cast<int64_t>(request) * a.stride_pages + entry / a.rows_per_page];
-      data = a.entries + page * a.stride_page + entry % a.rows_per_page * a.stride_entry;
-      scales = a.entry_scales + page * a.stride_page_scales + entry % a.rows_per_page * a.stride_entry_scales;
+    const int step = tile * kKeys + lane, row = token.position - step;
+    if (step >= a.window || row < 0) return -1;
+    return row >= token.context ? kChunk << kPoolShift | (token.first_fresh + row) : row % a.window;
+  }
+  const int number = (tile - window_tiles) * kKeys + lane;
+  const int entry = number < a.num_selected ? token.selected[number] : -1;
+  if (entry < 0) return -1;
+  return kEntries << kPoolShift | (token.pages[entry / a.rows_per_page] * a.rows_per_page + entry % a.rows_per_page);
+}
+
+struct Row {
+  const uint8_t *data, *scales;
+};
+
+__device__ __forceinline__ Row address_of(const Arguments& a, const Token& token, int location) {
+  const int64_t number = location & ((1 << kPoolShift) - 1);
+  switch (location >> kPoolShift) {
+    case kRing:
+      return {token.ring + number * a.stride_row, token.ring_scales + number * a.stride_row_scales};
+    case kChunk:
+      return {a.chunk + number * a.stride_chunk, a.chunk_scales + number * a.stride_chunk_scales};
+    default: {
+      const int page = static_cast<int>(number) / a.rows_per_page, row = static_cast<int>(number) % a.rows_per_page;
+      return {a.entries + page * a.stride_page + row * a.stride_entry,
+              a.entry_scales + page * a.stride_page_scales + row * a.stride_entry_scales};
     }
   }
-  Row row{data, make_uint2(0, 0)};
-  if (data != nullptr) row.scales = *reinterpret_cast<const uint2*>(scales);
-  return row;
 }
 
 __device__ __forceinline__ uint32_t multiply_bf16x2(uint32_t a, uint32_t b) {
@@ -101,13 +116,9 @@ __device__ __forceinline__ uint32_t widen(uint32_t word, uint32_t selector, uint
   return multiply_bf16x2(multiply_bf16x2(bits, 0x7B807B80u), scale);
 }
 
-__device__ __forceinline__ void store_part(uint8_t* tile, int row, int part, uint4 value, uint2 scales) {
-  if (part >= kPlain / 16) {
-    *reinterpret_cast<uint4*>(tile + swizzled(row, part + kPlain / 16)) = value;
-    return;
-  }
-  const uint32_t byte = ((part / 4 < 4 ? scales.x : scales.y) >> (part / 4 % 4 * 8)) & 0xFF;
-  const uint32_t scale = (byte << 7) | (byte << 23);
+// Sixteen e4m3 -> two swizzled chunks of eight bf16.
+__device__ __forceinline__ void store_part(uint8_t* first, uint8_t* second, uint4 value, uint32_t exponent) {
+  const uint32_t scale = exponent * 0x00800080u;
   const uint32_t word[4] = {value.x, value.y, value.z, value.w};
   uint32_t wide[8];
 #pragma unroll
@@ -115,33 +126,8 @@ __device__ __forceinline__ void store_part(uint8_t* tile, int row, int part, uin
     wide[2 * i] = widen(word[i], 0x1404, scale);
     wide[2 * i + 1] = widen(word[i], 0x3424, scale);
   }
-  *reinterpret_cast<uint4*>(tile + swizzled(row, 2 * part)) = make_uint4(wide[0], wide[1], wide[2], wide[3]);
-  *reinterpret_cast<uint4*>(tile + swizzled(row, 2 * part + 1)) = make_uint4(wide[4], wide[5], wide[6], wide[7]);
-}
-
-// A producer warp fills 16 rows: in its first 16 pieces a lane takes one part of each row, in its last two the remaining parts.
-__device__ __forceinline__ int row_of(int piece, int thread) {
-  return 16 * (thread / 32) + (piece < 16 ? piece : 8 * (piece - 16) + thread % 32 / 4);
-}
-
-__device__ __forceinline__ int part_of(int piece, int thread) { return piece < 16 ? thread % 32 : 32 + thread % 4; }
-
-__device__ __forceinline__ void load_batch(uint4 (&values)[kBatch], const Row* rows, int batch, int thread) {
-#pragma unroll
-  for (int i = 0; i < kBatch; ++i) {
-    const int piece = batch * kBatch + i;
-    const uint8_t* data = rows[row_of(piece, thread)].data;
-    values[i] = make_uint4(0, 0, 0, 0);
-    if (data != nullptr) values[i] = __ldg(reinterpret_cast<const uint4*>(data + 16 * part_of(piece, thread)));
-  }
-}
-
-__device__ __forceinline__ void store_batch(const uint4 (&values)[kBatch], const Row* rows, uint8_t* tile, int batch, int thread) {
-#pragma unroll
-  for (int i = 0; i < kBatch; ++i) {
-    const int piece = batch * kBatch + i, row = row_of(piece, thread);
-    store_part(tile, row, part_of(piece, thread), values[i], rows[row].scales);
-  }
+  *reinterpret_cast<uint4*>(first) = make_uint4(wide[0], wide[1], wide[2], wide[3]);
+  *reinterpret_cast<uint4*>(second) = make_uint4(wide[4], wide[5], wide[6], wide[7]);
 }
 
 __device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
@@ -152,39 +138,88 @@ __device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
 struct Shared {
   uint64_t full[kStages], empty[kStages];
   float bias[kStages][kKeys];
-  Row rows[kTableTiles * kKeys];
+  uint8_t raw_scales[kKeys * 8];
+  int locations[kTableTiles * kKeys];
 };
 
-// Each producer warpgroup owns one stage. All of them first locate the rows of the next kTableTiles tiles, so that the chain of
-// dependent loads behind a row's address is paid once, not per tile.
-__device__ void produce(const Arguments& a, Shared& shared, uint8_t* tiles, int64_t token, int first, int last, int producer) {
-  const int stage = producer / 128, thread = producer % 128;
-  uint8_t* tile = tiles + stage * kTile;
+__device__ __forceinline__ void copy_async(void* target, const void* source, bool live) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(target)), "l"(source), "r"(live ? 16 : 0)
+               : "memory");
+}
+
+// Asks for a tile's rows: plain channels and scales past the registers into the raw buffer, two rotary parts into registers.
+// Four threads a row.
+__device__ __forceinline__ void request_tile(const Arguments& a, const Token& token, const int* locations, uint8_t* raw,
+                                             uint8_t* raw_scales, uint4 (&rotary)[2], int producer) {
+  const int row = producer / 4, quarter = producer % 4, location = locations[row];
+  const bool live = location >= 0;
+  const Row source = address_of(a, token, live ? location : 0);
+#pragma unroll
+  for (int i = 0; i < kPlain / 16 / 4; ++i) {
+    const int part = 4 * i + quarter;
+    copy_async(raw + row * kPlain + 16 * part, source.data + 16 * part, live);
+  }
+  if (quarter == 0) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(shared_address(raw_scales + 8 * row)), "l"(source.scales),
+                 "r"(live ? 8 : 0)
+                 : "memory");
+  }
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    rotary[i] = make_uint4(0, 0, 0, 0);
+    if (live) rotary[i] = __ldg(reinterpret_cast<const uint4*>(source.data + kPlain + 16 * (4 * i + quarter)));
+  }
+}
+
+// Raw rows -> a swizzled bf16 tile: a warp takes eight rows, a lane one 16-byte part of each (four lanes have none).
+__device__ __forceinline__ void widen_tile(const uint8_t* raw, const uint8_t* raw_scales, uint8_t* tile, int warp, int lane) {
+  if (lane >= kPlain / 16) return;
+  const uint8_t* source = raw + 8 * warp * kPlain + 16 * lane;
+  const uint8_t* exponents = raw_scales + 64 * warp + lane / 4;
+  uint8_t* target = tile + lane / 4 * kSubTile + 8 * warp * 128;
+  const int chunk = 2 * lane % 8 * 16;
+#pragma unroll
+  for (int row = 0; row < 8; ++row) {
+    uint8_t* place = target + row * 128;
+    store_part(place + (chunk ^ (row * 16)), place + ((chunk + 16) ^ (row * 16)),
+               *reinterpret_cast<const uint4*>(source + row * kPlain), exponents[8 * row]);
+  }
+}
+
+// All producers fill one tile together. They locate the rows of kTableTiles tiles at once, so that the chain of dependent loads
+// behind a row's address is paid once, and ask for a tile's rows as soon as the tile before has left the raw buffer: the rows
+// arrive while the consumers work.
+__device__ void produce(const Arguments& a, Shared& shared, uint8_t* tiles, uint8_t* raw, const Token& token, int first, int last,
+                        int producer) {
+  const int warp = producer / 32, lane = producer % 32, row = producer / 4, quarter = producer % 4;
+  uint4 rotary[2];
+  int stage = 0;
   uint32_t phase = 1;
   for (int base = first; base < last; base += kTableTiles) {
     const int end = min(last, base + kTableTiles);
-    sync_threads_of(3, kProducers);
 #pragma unroll
     for (int i = 0; i < kTableTiles * kKeys / kProducers; ++i) {
       const int key = i * kProducers + producer;
-      if (base + key / kKeys < end) shared.rows[key] = locate(a, token, base + key / kKeys, key % kKeys);
+      if (base + key / kKeys < end) shared.locations[key] = locate(a, token, base + key / kKeys, key % kKeys);
     }
     sync_threads_of(3, kProducers);
-    // kTableTiles is even: tile `base` always belongs to stage 0.
-    for (int number = base + stage; number < end; number += kStages) {
-      const Row* rows = shared.rows + (number - base) * kKeys;
-      uint4 values[kBatch];
-      load_batch(values, rows, 0, thread);
+    request_tile(a, token, shared.locations, raw, shared.raw_scales, rotary, producer);
+    for (int number = base; number < end; ++number) {
+      const int* locations = shared.locations + (number - base) * kKeys;
+      uint8_t* tile = tiles + stage * kTile;
+      asm volatile("cp.async.wait_all;" ::: "memory");
+      sync_threads_of(3, kProducers);
       barrier_wait(&shared.empty[stage], phase);
-      phase ^= 1;
-#pragma unroll 1  // unrolled, the addresses of all pieces would be kept in registers, and spill
-      for (int batch = 0; batch < kPieces / kBatch; ++batch) {
-        if (batch > 0) load_batch(values, rows, batch, thread);
-        store_batch(values, rows, tile, batch, thread);
-      }
-      if (thread < kKeys) shared.bias[stage][thread] = rows[thread].data != nullptr ? 0.0f : -INFINITY;
+      widen_tile(raw, shared.raw_scales, tile, warp, lane);
+#pragma unroll
+      for (int i = 0; i < 2; ++i)
+        *reinterpret_cast<uint4*>(tile + swizzled(row, kPlain / 8 + 4 * i + quarter)) = rotary[i];
+      if (producer < kKeys) shared.bias[stage][producer] = locations[producer] >= 0 ? 0.0f : -INFINITY;
       asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
       barrier_arrive(&shared.full[stage]);
+      sync_threads_of(3, kProducers);
+      if (number + 1 < end) request_tile(a, token, locations + kKeys, raw, shared.raw_scales, rotary, producer);
+      if (++stage == kStages) stage = 0, phase ^= 1;
     }
   }
 }
@@ -198,10 +233,13 @@ __device__ void consume(const Arguments& a, Shared& shared, const uint8_t* query
   // A finite start: a tile without a valid key then leaves zero weights instead of NaN.
   float top[2] = {-1e30f, -1e30f}, norm[2] = {0.0f, 0.0f};
   const uint64_t query_operand = operand_descriptor(query);
+  if (group == 1 && num_tiles > 0) arrive_for(kTurn, kConsumers);
   for (int turn = 0; turn < num_tiles; ++turn) {
     const int stage = turn % kStages;
     const uint8_t* tile = tiles + stage * kTile;
     barrier_wait(&shared.full[stage], (turn / kStages) & 1);
+    // The groups take turns at the logits, so that one's softmax runs beside the other's products.
+    sync_threads_of(kTurn + group, kConsumers);
     float logits[32];
     const uint64_t key_operand = operand_descriptor(tile);
     wgmma_fence();
@@ -211,6 +249,7 @@ __device__ void consume(const Arguments& a, Shared& shared, const uint8_t* query
       wgmma_bf16_n64(logits, query_operand + offset, key_operand + offset, step > 0);
     }
     wgmma_commit();
+    if (group == 0 || turn + 1 < num_tiles) arrive_for(kTurn + 1 - group, kConsumers);
     wgmma_wait<0>();
     float highest[2] = {top[0], top[1]};
 #pragma unroll
@@ -305,10 +344,24 @@ __device__ void consume(const Arguments& a, Shared& shared, const uint8_t* query
   }
 }
 
+__device__ __forceinline__ void load_query(const Arguments& a, uint8_t* query, int64_t token, int consumer) {
+  constexpr int kPieces = kHeads * kChannels / 8 / kConsumers;
+  uint4 pieces[kPieces];
+  const auto* source = reinterpret_cast<const uint4*>(a.q + token * a.stride_q);
+#pragma unroll
+  for (int i = 0; i < kPieces; ++i) pieces[i] = __ldg(source + i * kConsumers + consumer);
+#pragma unroll
+  for (int i = 0; i < kPieces; ++i) {
+    const int piece = i * kConsumers + consumer;
+    *reinterpret_cast<uint4*>(query + swizzled(piece / (kChannels / 8), piece % (kChannels / 8))) = pieces[i];
+  }
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
 __global__ void __launch_bounds__(kThreads, 1) attention_kernel(const Arguments a) {
   extern __shared__ uint8_t unaligned[];
   __shared__ Shared shared;
-  uint8_t* query = reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(unaligned) + 1023) & ~uintptr_t(1023));
+  uint8_t* query = aligned_to_1024(unaligned);
   uint8_t* tiles = query + kTile;
   const int64_t token = blockIdx.x;
   const int split = blockIdx.y;
@@ -316,27 +369,20 @@ __global__ void __launch_bounds__(kThreads, 1) attention_kernel(const Arguments 
   const int first = split * tiles_of_all / a.splits, last = (split + 1) * tiles_of_all / a.splits;
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < kStages; ++stage) {
-      barrier_init(&shared.full[stage], 128);
+      barrier_init(&shared.full[stage], kProducers);
       barrier_init(&shared.empty[stage], kConsumers / 32);
     }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
-  uint4 queries[kHeads * kChannels / 8 / kThreads];
-  const auto* source = reinterpret_cast<const uint4*>(a.q + token * a.stride_q);
-#pragma unroll
-  for (int i = 0; i < kHeads * kChannels / 8 / kThreads; ++i) queries[i] = __ldg(source + i * kThreads + threadIdx.x);
-#pragma unroll
-  for (int i = 0; i < kHeads * kChannels / 8 / kThreads; ++i) {
-    const int piece = i * kThreads + threadIdx.x;
-    *reinterpret_cast<uint4*>(query + swizzled(piece / (kChannels / 8), piece % (kChannels / 8))) = queries[i];
-  }
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
   __syncthreads();
   if (threadIdx.x >= kConsumers) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 56;");
-    if (first < last) produce(a, shared, tiles, token, first, last, threadIdx.x - kConsumers);
+    const int producer = threadIdx.x - kConsumers;
+    if (first < last) produce(a, shared, tiles, tiles + kStages * kTile, load_token(a, token), first, last, producer);
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 200;");
+    load_query(a, query, token, threadIdx.x);
+    sync_threads_of(4, kConsumers);
     consume(a, shared, query, tiles, token, split, last - first, threadIdx.x / 128, threadIdx.x % 128);
   }
 }

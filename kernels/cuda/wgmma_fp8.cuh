@@ -12,6 +12,10 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
+// First multiple of 1024 in dynamic shared memory, by an offset: a cast through an integer would hide from the compiler that
+// this is shared memory, and turn every access into a generic one.
+__device__ __forceinline__ uint8_t* aligned_to_1024(uint8_t* shared) { return shared + (-shared_address(shared) & 1023u); }
+
 __device__ __forceinline__ void barrier_init(uint64_t* barrier, uint32_t arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals));
 }
@@ -72,6 +76,11 @@ __device__ __forceinline__ void wgmma_wait() {
 
 __device__ __forceinline__ void sync_threads_of(int barrier, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+
+// Counts this thread at a barrier on which others of `threads` wait.
+__device__ __forceinline__ void arrive_for(int barrier, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 
 #define D4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
