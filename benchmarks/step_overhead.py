@@ -2,11 +2,11 @@
 
     python -m benchmarks.step_overhead [--requests 512] [--context 8192] [--steps 400]
 
-The engine is the real one; its model returns ready-made logits at once, and the tensor arithmetic of the sampler, which
-runs on the device, is timed apart. Rows: all requests greedy; a mix of every sampling feature; both again while one
-request in 256 ends in each step and another takes its place. Columns are medians in microseconds of the step thread's
-CPU time: on an idle machine the time that passes, on a busy one without most of what the others take. "host" is the
-whole step without the device's share, with its 10th and 99th percentiles. Limit: 2 ms.
+The engine is the real one; what runs on the device, the model and the sampler's tensor arithmetic, is replaced by ready
+results, and the little that is left of it is timed apart. Rows: all requests greedy; a mix of every sampling feature;
+both again while one request in 256 ends in each step and another takes its place. Columns are medians in microseconds
+of the step thread's CPU time: on an idle machine the time that passes, on a busy one without most of what the others
+take. "host" is the whole step without the device's share, with its 10th and 99th percentiles. Limit: 2 ms.
 """
 
 import argparse
@@ -24,13 +24,13 @@ import engine.engine as step_loop
 import engine.runner as device_step
 from engine.config import EngineConfig
 from engine.intake import EngineShape
+from engine.sampler import Logprobs, Sampled, SamplingInputs, logprobs_of
 from engine.worker import calm_garbage_collector
 from model.batch import ForwardBatch
 from runtime.requests import SamplingParams, StepOutput, Submit
 
 LIMIT_MS = 2.0
-VOCAB = 256
-"""Small, so that the sampler's arithmetic, which a GPU would do, leaves the caches of this machine alone."""
+VOCAB = 1024
 PAGE_TOKENS = 256
 FIRST_ORDINARY = 20
 OUTPUT_TOKENS = 100_000
@@ -49,7 +49,8 @@ MIXED: list[dict[str, Any]] = [
     {"temperature": 0.8, "logit_bias": ((9, -5.0), (10, 2.0)), "bad_words": ((31, 32), (33,))},
     {"temperature": 0.0, "allowed_token_ids": tuple(range(100, 200))},
 ]
-MODULE_FUNCTIONS = {(step_loop, "plan_step"): "schedule", (device_step, "sample"): "device"}
+REPLACED = ((step_loop, "plan_step"), (device_step, "sample"))
+"""Functions of modules that a measurement wraps, and puts back."""
 
 
 class Stopwatch:
@@ -58,8 +59,8 @@ class Stopwatch:
     def __init__(self) -> None:
         self._spent: dict[str, float] = defaultdict(float)
 
-    def wrap(self, owner: Any, attribute: str, name: str) -> None:
-        inner: Callable[..., Any] = getattr(owner, attribute)
+    def wrap(self, owner: Any, attribute: str, name: str, instead: Callable[..., Any] | None = None) -> None:
+        inner: Callable[..., Any] = instead or getattr(owner, attribute)
 
         def timed(*args: Any, **kwargs: Any) -> Any:
             started = time.thread_time()
@@ -75,16 +76,28 @@ class Stopwatch:
         return spent
 
 
-class ReadyLogits:
-    """A model that takes no time."""
+class ReadyDevice:
+    """A model and a sampler whose results are there at once, as a GPU's would be when the host asks for them."""
 
     def __init__(self, rows: int) -> None:
-        self._logits = torch.randn(rows, VOCAB, generator=torch.Generator().manual_seed(0))
+        generator = torch.Generator().manual_seed(0)
+        self._logits = torch.zeros(rows, VOCAB)
         # Stop ids are looked for and never found: requests end when the load wants them to.
-        self._logits[:, :FIRST_ORDINARY] = -1e4
+        self._token_ids = torch.randint(FIRST_ORDINARY, VOCAB, (rows,), generator=generator)
+        self._logprobs = logprobs_of(torch.randn(rows, VOCAB, generator=generator), self._token_ids, 20)
 
-    def __call__(self, batch: ForwardBatch) -> torch.Tensor:
-        return self._logits[: batch.logits_rows.shape[0]].clone()
+    def forward(self, batch: ForwardBatch) -> torch.Tensor:
+        return self._logits[: batch.logits_rows.shape[0]]
+
+    def sample(self, logits: torch.Tensor, inputs: SamplingInputs) -> Sampled:
+        logprobs = None
+        if inputs.logprobs is not None:
+            rows, count = inputs.logprobs
+            ready = self._logprobs
+            logprobs = Logprobs(
+                ready.logprob[rows], ready.rank[rows], ready.top_ids[rows, :count], ready.top_logprobs[rows, :count]
+            )
+        return Sampled(self._token_ids[: logits.shape[0]].clone(), self._logits[: logits.shape[0], 0], logprobs)
 
 
 class Load:
@@ -135,23 +148,25 @@ def measure(samplings: list[dict[str, Any]], turnover: bool, arguments: argparse
         vocab_size=VOCAB, eos_ids=(1,), max_model_len=max_len, page_tokens=PAGE_TOKENS, num_pages=num_pages,
         num_slots=count,
     )  # fmt: skip
-    engine = step_loop.Engine(config, shape, ReadyLogits(count))
-    load = Load(engine, samplings, context, turnover)
-    load.fill(count)
+    device = ReadyDevice(count)
+    engine = step_loop.Engine(config, shape, device.forward)
     watch = Stopwatch()
     live = engine._live
-    unwrapped = [(module, name, getattr(module, name)) for module, name in MODULE_FUNCTIONS]
+    unwrapped = [(module, name, getattr(module, name)) for module, name in REPLACED]
     watch.wrap(live, "snapshot", "schedule")
     watch.wrap(engine._builder, "build", "batch")
     watch.wrap(live.sampling, "inputs", "sampling")
     watch.wrap(live.sampling, "record", "device")
     watch.wrap(engine._runner, "_forward", "device")
-    for (module, name), part in MODULE_FUNCTIONS.items():
-        watch.wrap(module, name, part)
+    watch.wrap(step_loop, "plan_step", "schedule")
+    watch.wrap(device_step, "sample", "device", instead=device.sample)
     watch.wrap(engine, "_collect", "tokens")
     encode = msgspec.msgpack.Encoder().encode
     laps: list[dict[str, float]] = []
+    load = Load(engine, samplings, context, turnover)
     try:
+        load.fill(count)
+        watch.lap()
         for _ in range(arguments.steps):
             started = time.thread_time()
             messages = engine.step()

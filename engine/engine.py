@@ -235,7 +235,7 @@ class Engine:
                     self._live.enter_rows(chunk.request, chunk.request.num_tokens)
             requests = list(self._rows.requests)
             sampling = self._live.sampling
-            inputs = sampling.inputs(requests, self._rows.num_generated, self._rows.changes)
+            inputs = sampling.inputs(requests, self._rows.num_generated)
             result = self._runner.run(batch, inputs, sampling.record, len(requests), self._scoring(chunks))
         except Exception as error:
             self._fail_step(error, chunks)

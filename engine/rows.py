@@ -11,14 +11,10 @@ from engine.request import Request
 
 
 class Rows:
-    """Owner of the row numbers. Capacity is the most requests that may decode at the same time.
-
-    `changes` counts changes of who is in which row; what was derived for one value holds as long as it does.
-    """
+    """Owner of the row numbers. Capacity is the most requests that may decode at the same time."""
 
     def __init__(self, capacity: int, max_pages: int) -> None:
         self.requests: list[Request] = []
-        self.changes = 0
         self.token: NDArray[np.int64] = np.zeros(capacity, np.int64)
         """The newest token, not yet in the state."""
         self.context_len: NDArray[np.int32] = np.zeros(capacity, np.int32)
@@ -60,7 +56,6 @@ class Rows:
         self.has_grammar[row] = request.matcher is not None
         self.slot[row] = request.owned.slot_id
         self.set_pages(row, request.owned.page_ids)
-        self.changes += 1
         return row
 
     def remove(self, request: Request) -> tuple[int, int]:
@@ -75,7 +70,6 @@ class Rows:
                 column[row] = column[last]
             used = self.num_pages[row]
             self.page_table[row, :used] = self.page_table[last, :used]
-        self.changes += 1
         return row, last
 
     def row_of(self, request: Request) -> int | None:

@@ -76,7 +76,7 @@ class SamplingInputs:
 
     random: RandomRows | None = None
     bias: Pairs | None = None
-    banned: Pairs | None = None
+    banned: tuple[Pairs, ...] = ()
     allowed: tuple[Tensor, Tensor] | None = None
     """rows int64 [G] and words int32 [G, ceil(V / 32)]: only ids t whose bit t % 32 of word t // 32 is set may be
     chosen in these rows."""
@@ -146,8 +146,8 @@ def _constrain(logits: Tensor, inputs: SamplingInputs) -> None:
         logits.index_put_((inputs.bias.rows, inputs.bias.ids), inputs.bias.values, accumulate=True)
     if inputs.penalties is not None:
         logits[inputs.penalties.rows] = _penalise(logits[inputs.penalties.rows], inputs.penalties)
-    if inputs.banned is not None:
-        logits[inputs.banned.rows, inputs.banned.ids] = NEGATIVE_INFINITY
+    for banned in inputs.banned:
+        logits[banned.rows, banned.ids] = NEGATIVE_INFINITY
 
 
 def _penalise(logits: Tensor, p: Penalties) -> Tensor:

@@ -6,8 +6,9 @@ the newest tokens (min_tokens, bad words, grammar) are made anew for a step, and
 
 import enum
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from engine.token_counts import TokenCounts
 from engine.uniform import uniform
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 _GREEDY_BELOW = 1e-5
 """Temperatures below this are 0: the division would only amplify rounding."""
@@ -40,6 +42,9 @@ class _Feature(enum.IntFlag):
     """Ids that must not follow certain others."""
     ALLOWED = enum.auto()
     GRAMMAR = enum.auto()
+
+
+_RANDOM = _Feature.RANDOM | _Feature.MIN_P | _Feature.SORT
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,9 +86,11 @@ class SamplingRows:
             self._features, self._seed, self._temperature, self._min_p, self._top_k, self._top_p, self._penalties,
             self._line, self._min_tokens, self._num_logprobs,
         )  # fmt: skip
-        self._built_for: tuple[int, int] | None = None
         self._built = SamplingInputs()
-        self._used = _Feature(0)
+        self._stale = 0
+        """Features some of whose rows have changed since `_built`."""
+        self._used = 0
+        """Features of any row, as of `_built`."""
         self._random_rows: NDArray[np.intp] = np.zeros(0, np.intp)
 
     def add(self, row: int, request: Request) -> None:
@@ -108,6 +115,7 @@ class SamplingRows:
             features |= _Feature.PENALTIES
             self._line[row] = self._counts.take(request.prompt, request.generated)
         self._features[row] = features
+        self._stale |= features.value
         self._seed[row] = request.seed
         self._temperature[row] = s.temperature
         self._min_p[row] = s.min_p
@@ -141,6 +149,7 @@ class SamplingRows:
         """The row is given up and row `last` moves into its place."""
         if self._line[row] >= 0:
             self._counts.give_back(int(self._line[row]))
+        self._stale |= int(self._features[row] | self._features[last])
         for column in self._columns:
             column[row] = column[last]
         if self._features[row] & _Feature.ALLOWED:
@@ -148,12 +157,10 @@ class SamplingRows:
         self._extras[row] = self._extras[last]
         self._extras[last] = None
 
-    def inputs(self, requests: Sequence[Request], num_generated: NDArray[np.int64], changes: int) -> SamplingInputs:
-        """For rows 0..len(requests)-1; `changes` as in `Rows`."""
-        count = len(requests)
-        if self._built_for != (changes, count):
-            self._build(count)
-            self._built_for = (changes, count)
+    def inputs(self, requests: Sequence[Request], num_generated: NDArray[np.int64]) -> SamplingInputs:
+        """For all rows, which are those of `requests`."""
+        if self._stale:
+            self._build(len(requests))
         built = self._built
         random = built.random
         if random is not None:
@@ -165,8 +172,8 @@ class SamplingRows:
         return SamplingInputs(
             random=random,
             bias=built.bias,
-            banned=self._banned(requests, num_generated) or built.banned,
-            allowed=self._allowed(requests) if self._used & _Feature.GRAMMAR else built.allowed,
+            banned=built.banned + self._banned(requests, num_generated),
+            allowed=self._allowed(requests) if self._used & _Feature.GRAMMAR.value else built.allowed,
             penalties=built.penalties,
             logprobs=built.logprobs,
         )
@@ -184,21 +191,29 @@ class SamplingRows:
         return np.flatnonzero(self._features[:count] & feature.value)
 
     def _build(self, count: int) -> None:
-        self._used = used = _Feature(int(np.bitwise_or.reduce(self._features[:count], initial=0)))
+        """Make anew what rows that came, went or moved have to do with."""
+        self._used = int(np.bitwise_or.reduce(self._features[:count], initial=0))
+        old = self._built
         self._built = SamplingInputs(
-            random=self._build_random(count) if used & _Feature.RANDOM else None,
-            bias=self._build_bias(count) if used & _Feature.BIAS else None,
-            banned=self._pairs(self._static_bans(count)) if used & _Feature.BANNED else None,
-            allowed=self._build_allowed(count) if used & _Feature.ALLOWED else None,
-            penalties=self._build_penalties(count) if used & _Feature.PENALTIES else None,
-            logprobs=self._build_logprobs(count) if used & _Feature.LOGPROBS else None,
+            random=self._renewed(_RANDOM, old.random, self._build_random, count),
+            bias=self._renewed(_Feature.BIAS, old.bias, self._build_bias, count),
+            banned=self._renewed(_Feature.BANNED, old.banned, self._build_bans, count) or (),
+            allowed=self._renewed(_Feature.ALLOWED, old.allowed, self._build_allowed, count),
+            penalties=self._renewed(_Feature.PENALTIES, old.penalties, self._build_penalties, count),
+            logprobs=self._renewed(_Feature.LOGPROBS, old.logprobs, self._build_logprobs, count),
         )
+        self._stale = 0
+
+    def _renewed(self, feature: _Feature, old: T | None, build: Callable[[int], T], count: int) -> T | None:
+        if not self._stale & feature.value:
+            return old
+        return build(count) if self._used & feature.value else None
 
     def _build_random(self, count: int) -> RandomRows:
         rows = self._random_rows = self._rows_with(_Feature.RANDOM, count)
         sort = np.flatnonzero(self._features[rows] & _Feature.SORT.value)
         sorted_rows = rows[sort]
-        any_min_p = bool(self._used & _Feature.MIN_P)
+        any_min_p = bool(self._used & _Feature.MIN_P.value)
         return RandomRows(
             rows=self._tensor(rows),
             temperature=self._tensor(self._temperature[rows]),
@@ -227,8 +242,9 @@ class SamplingRows:
         rows = self._rows_with(_Feature.ALLOWED, count)
         return self._tensor(rows), self._tensor(self._words[rows])
 
-    def _static_bans(self, count: int) -> list[tuple[int, NDArray[np.int64]]]:
-        return [(row, extras.banned_ids) for row, extras in self._extras_with(_Feature.BANNED, count)]
+    def _build_bans(self, count: int) -> tuple[Pairs, ...]:
+        banning = self._extras_with(_Feature.BANNED, count)
+        return (self._pairs([(row, extras.banned_ids) for row, extras in banning]),)
 
     def _build_penalties(self, count: int) -> Penalties:
         rows = self._rows_with(_Feature.PENALTIES, count)
@@ -248,24 +264,22 @@ class SamplingRows:
         most = self._vocab_size if wanted.min() < 0 else min(int(wanted.max()), self._vocab_size)
         return self._tensor(rows), most
 
-    def _banned(self, requests: Sequence[Request], num_generated: NDArray[np.int64]) -> Pairs | None:
-        """All bans of this step, None if only those that never change."""
+    def _banned(self, requests: Sequence[Request], num_generated: NDArray[np.int64]) -> tuple[Pairs, ...]:
+        """What only this step forbids."""
         count = len(requests)
         bans: list[tuple[int, NDArray[np.int64]]] = []
         for row in np.flatnonzero(num_generated[:count] < self._min_tokens[:count]).tolist():
             extras = self._extras[row]
             if extras is not None and len(extras.stop_ids):
                 bans.append((row, extras.stop_ids))
-        if self._used & _Feature.SEQUENCES:
+        if self._used & _Feature.SEQUENCES.value:
             for row, extras in self._extras_with(_Feature.SEQUENCES, count):
                 generated = requests[row].generated
                 words = extras.sequences.get(generated[-1], ()) if generated else ()
                 bans.extend(
                     (row, np.array([word[-1]])) for word in words if tuple(generated[1 - len(word) :]) == word[:-1]
                 )
-        if not bans:
-            return None
-        return self._pairs(bans + (self._static_bans(count) if self._used & _Feature.BANNED else []))
+        return (self._pairs(bans),) if bans else ()
 
     def _allowed(self, requests: Sequence[Request]) -> tuple[Tensor, Tensor]:
         """What grammars and lists of allowed ids leave in this step."""

@@ -47,7 +47,7 @@ def run_batch(requests, logits):
     for row, request in enumerate(requests):
         rows.add(row, request)
     counts = np.array([len(request.generated) for request in requests])
-    return sample(logits.clone(), rows.inputs(requests, counts, changes=1))
+    return sample(logits.clone(), rows.inputs(requests, counts))
 
 
 def constrained(request, logits):
@@ -249,16 +249,14 @@ def test_rows_that_move_keep_their_parameters():
     requests = [request_of(index, **given_options) for index, given_options in enumerate(options)]
     for row, request in enumerate(requests):
         rows.add(row, request)
-    changes = 1
     for victim in (1, 0, 2):
         last = len(requests) - 1
         rows.remove(victim, last)
         requests[victim] = requests[last]
         requests.pop()
-        changes += 1
         logits = torch.randn(len(requests), VOCAB, generator=generator) * 2
         counts = np.array([len(request.generated) for request in requests])
-        sampled = sample(logits.clone(), rows.inputs(requests, counts, changes))
+        sampled = sample(logits.clone(), rows.inputs(requests, counts))
         for row, request in enumerate(requests):
             assert int(sampled.token_ids[row]) == int(run_batch([request], logits[row : row + 1]).token_ids[0])
         rows.record(sampled.token_ids)
