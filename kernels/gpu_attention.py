@@ -24,7 +24,12 @@ MAX_SPLITS = 8
 
 def fits_hopper(q_THD: Tensor, window: PackedRows) -> bool:
     """Whether the shapes and this machine can run the Hopper kernel."""
-    if tuple(q_THD.shape[1:]) != (HEADS, CHANNELS) or window.format != "kv_fp8" or window.rope_dim != ROPE:
+    if (
+        not q_THD.is_cuda
+        or tuple(q_THD.shape[1:]) != (HEADS, CHANNELS)
+        or window.format != "kv_fp8"
+        or window.rope_dim != ROPE
+    ):
         return False
     try:
         cuda_build.load("sparse_attention")

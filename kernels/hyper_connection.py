@@ -22,6 +22,7 @@ import numpy
 import torch
 from torch import Tensor
 
+from kernels.dispatch import use_triton
 from kernels.rms_norm import inverse_rms, rms_norm_ref
 from kernels.row_linear import row_linear
 
@@ -127,13 +128,27 @@ def hyper_head_ref(streams: Tensor, weights: HyperWeights, settings: HyperSettin
     return _weighted_sum(_sigmoid(mix) + settings.hc_eps, streams)
 
 
+def _fits_triton(streams: Tensor) -> bool:
+    """The kernels know four bf16 streams of whole blocks of 128 channels."""
+    fits = streams.dtype == torch.bfloat16 and streams.shape[1] == 4 and streams.shape[2] % 128 == 0
+    return bool(fits) and use_triton(streams)
+
+
 def hyper_pre(
     streams: Tensor, weights: HyperWeights, norm_weight: Tensor, settings: HyperSettings
 ) -> tuple[Tensor, Mix]:
+    if _fits_triton(streams):
+        from kernels.triton_hyper_connection import hyper_pre_triton
+
+        return hyper_pre_triton(streams, weights, norm_weight, settings)
     return hyper_pre_ref(streams, weights, norm_weight, settings)
 
 
 def hyper_post(output: Tensor, streams: Tensor, mix: Mix) -> Tensor:
+    if _fits_triton(streams):
+        from kernels.triton_hyper_connection import hyper_post_triton
+
+        return hyper_post_triton(output, streams, mix)
     return hyper_post_ref(output, streams, mix)
 
 
@@ -154,4 +169,8 @@ def hyper_post_pre(
 
 
 def hyper_head(streams: Tensor, weights: HyperWeights, settings: HyperSettings) -> Tensor:
+    if _fits_triton(streams):
+        from kernels.triton_hyper_connection import hyper_head_triton
+
+        return hyper_head_triton(streams, weights, settings)
     return hyper_head_ref(streams, weights, settings)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from kernels.dispatch import use_triton
 from kernels.quantize import dequantize_fp4, simulate_fp8
 from kernels.row_linear import row_linear
 
@@ -122,4 +123,16 @@ def routed_experts(
     """Sum over the local experts of those each token chose: float32 [T, D].
 
     `simulate` rounds the inputs of both products to e4m3 in blocks of 128, as the released program does."""
+    if use_triton(x_TD) and _fits_gpu(x_TD, local, simulate):
+        from kernels.gpu_experts import routed_experts_gpu
+
+        # Of an unknown number of experts elsewhere: as many rows for each as if all were here.
+        rows = 16 if x_TD.shape[0] * experts_TK.shape[1] <= 16 * local.w13.shape[0] else 64
+        return routed_experts_gpu(x_TD, experts_TK, weights_TK, local, limit=limit, block_rows=rows)
     return routed_experts_ref(x_TD, experts_TK, weights_TK, local, limit=limit, simulate=simulate)
+
+
+def _fits_gpu(x_TD: Tensor, local: ExpertWeights, simulate: bool) -> bool:
+    """The kernels know packed experts of whole blocks of 128 and the released rounding of inputs."""
+    blocks = x_TD.shape[1] % ACTIVATION_BLOCK == 0 and local.w13.shape[1] // 2 % ACTIVATION_BLOCK == 0
+    return bool(simulate and local.w13_scale is not None and x_TD.dtype == torch.bfloat16 and blocks)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from kernels.batch_index import BatchIndex, ranges
+from kernels.dispatch import use_triton
 from kernels.packed_rows import PackedRows, read_rows
 
 MAX_GATHERED = 1 << 24
@@ -126,4 +127,15 @@ def sparse_attention(
 ) -> Tensor:
     """q [T, H, D] activation dtype; chunk [1, T] and window [slots, W] of one format; sink [H] float32; entries
     [pages, rows] of blocks of `ratio` tokens; selected int [T, K]. -> [T, H, D] like q. T may be 0."""
+    if use_triton(q_THD) and _fits_gpu(q_THD, window):
+        from kernels.gpu_attention import sparse_attention_gpu
+
+        return sparse_attention_gpu(q_THD, chunk, window, sink_H, index, scale, entries, selected_TK, ratio)
     return sparse_attention_ref(q_THD, chunk, window, sink_H, index, scale, entries, selected_TK, ratio)
+
+
+def _fits_gpu(q_THD: Tensor, window: PackedRows) -> bool:
+    """The kernels know bf16 queries of 64 * 2^n channels, 64 of them rotary, and two row formats."""
+    blocks, rest = divmod(q_THD.shape[2], 64)
+    shape = not rest and blocks & (blocks - 1) == 0 and window.rope_dim == 64
+    return bool(shape and q_THD.dtype == torch.bfloat16 and window.format in ("kv_fp8", "bf16"))

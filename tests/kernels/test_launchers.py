@@ -1,0 +1,71 @@
+"""Launchers run the GPU's kernel where the inputs are made for it, and the twin elsewhere."""
+
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+import torch
+
+from kernels import fp8_gemm, hyper_connection, moe
+from kernels.dispatch import forced_triton
+from kernels.gpu_experts import routed_experts_gpu
+from kernels.hyper_connection import HyperSettings, HyperWeights, Mix
+from kernels.quantize import quantize_fp4, quantize_fp8_tiles
+from kernels.triton_fp8_gemm import fp8_gemm_triton
+from kernels.triton_hyper_connection import hyper_post_triton, hyper_pre_triton
+
+
+@pytest.fixture
+def on_gpu(device):
+    """As on a GPU: CUDA tensors run kernels by themselves, CPU tensors when forced."""
+    return contextlib.nullcontext() if device.type == "cuda" else forced_triton()
+
+
+def test_fp8_products_run_the_kernel(generator, device, on_gpu):
+    codes, scales = quantize_fp8_tiles(torch.randn(64, 128, generator=generator, device=device), 128)
+    x = torch.randn(3, 128, generator=generator, device=device).bfloat16()
+    with on_gpu:
+        got = fp8_gemm.fp8_gemm(x, codes, scales)
+    assert torch.equal(got, fp8_gemm_triton(x, codes, scales))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_hyper_connections_run_the_kernel_on_bf16_streams_only(generator, device, on_gpu, dtype):
+    streams = torch.randn(2, 4, 128, generator=generator, device=device).to(dtype)
+    output = torch.randn(2, 128, generator=generator, device=device).to(dtype)
+    weights = HyperWeights(
+        *(torch.randn(*shape, generator=generator, device=device) for shape in ((24, 512), (24,), (24,)))
+    )
+    norm, settings = torch.ones(128, device=device), HyperSettings(3, 1e-6, 1e-6)
+    mix = Mix(torch.rand(2, 4, device=device), torch.rand(2, 4, 4, device=device))
+    with on_gpu:
+        got, _ = hyper_connection.hyper_pre(streams, weights, norm, settings)
+        new = hyper_connection.hyper_post(output, streams, mix)
+    if dtype == torch.bfloat16:
+        expected, _ = hyper_pre_triton(streams, weights, norm, settings)
+        expected_new = hyper_post_triton(output, streams, mix)
+    else:
+        expected, _ = hyper_connection.hyper_pre_ref(streams, weights, norm, settings)
+        expected_new = hyper_connection.hyper_post_ref(output, streams, mix)
+    assert torch.equal(got, expected)
+    assert torch.equal(new, expected_new)
+
+
+@pytest.mark.parametrize("simulate", [True, False])
+def test_packed_experts_run_the_kernel_under_the_released_rounding_only(generator, device, on_gpu, simulate):
+    def packed(rows, channels):
+        return quantize_fp4(torch.randn(2 * rows, channels, generator=generator, device=device) / 16, 32)
+
+    (w13, s13), (w2, s2) = packed(256, 128), packed(128, 128)
+    local = moe.ExpertWeights(0, *(tensor.unflatten(0, (2, -1)) for tensor in (w13, w2, s13, s2)))
+    x = torch.randn(4, 128, generator=generator, device=device).bfloat16()
+    experts = torch.tensor([[0, 1], [1, 0], [1, 3], [2, 3]], device=device)
+    route = torch.rand(4, 2, generator=generator, device=device)
+    with on_gpu:
+        got = moe.routed_experts(x, experts, route, local, limit=10.0, simulate=simulate)
+    if simulate:
+        expected = routed_experts_gpu(x, experts, route, local, limit=10.0, block_rows=16)
+    else:
+        expected = moe.routed_experts_ref(x, experts, route, local, limit=10.0, simulate=False)
+    assert torch.equal(got, expected)
