@@ -4,6 +4,7 @@ The engine process gets a `Constraint` as bytes and makes its own matcher of it 
 """
 
 import asyncio
+import hashlib
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final
@@ -53,7 +54,7 @@ class GrammarChecker:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._problems: OrderedDict[str, str] = OrderedDict()
+        self._problems: OrderedDict[bytes, str] = OrderedDict()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="grammar")
         # The library holds the GIL while it reads the vocabulary: better now than when the first request needs it.
         self._vocabulary = self._thread.submit(grammar_tokenizer, tokenizer)
@@ -63,7 +64,7 @@ class GrammarChecker:
 
         Raises RequestError, naming `param`, if it cannot be enforced, and Overloaded when too many others wait.
         """
-        key = f"{constraint.prefix}\0{constraint.grammar}"
+        key = hashlib.sha256(f"{constraint.prefix}\0{constraint.grammar}".encode(errors="surrogatepass")).digest()
         problem = self._problems.get(key)
         if problem is None:
             problem = await self._compile(key, constraint)
@@ -77,7 +78,7 @@ class GrammarChecker:
         """End the compiling thread."""
         self._thread.shutdown(wait=False, cancel_futures=True)
 
-    async def _compile(self, key: str, constraint: Constraint) -> str:
+    async def _compile(self, key: bytes, constraint: Constraint) -> str:
         """What is wrong with a grammar; empty when nothing is."""
         job = self._thread.submit(self._problem, key, constraint)
         try:
@@ -92,7 +93,7 @@ class GrammarChecker:
             self._problems.popitem(last=False)
         return problem
 
-    def _problem(self, key: str, constraint: Constraint) -> str:
+    def _problem(self, key: bytes, constraint: Constraint) -> str:
         known = self._problems.get(key)
         if known is not None:
             return known  # compiled while this one waited for its turn
