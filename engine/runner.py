@@ -77,7 +77,7 @@ class Runner:
         scoring: Scoring | None,
     ) -> StepResult:
         """The first `num_sampled` rows of the logits are sampled, the others scored. `record` is told the new tokens
-        on the device, for counts that the next step's sampling needs."""
+        on the device, for counts that the next step's sampling needs. When this returns, the state is written."""
         with torch.inference_mode():
             return self._run(batch, inputs, record, num_sampled, scoring)
 
@@ -97,6 +97,9 @@ class Runner:
             scored = HostLogprobs(of_prompt, scoring.targets.tolist())
             logits = logits[:num_sampled]
         if not num_sampled:
+            if logits.is_cuda:
+                # Nothing was read back, yet the caller will tell others that this step's pages are final.
+                torch.cuda.current_stream(logits.device).synchronize()
             return StepResult(np.zeros(0, np.int64), np.zeros(0, np.float32), (), None, scored)
         sampled = sample(logits, inputs)
         record(sampled.token_ids)
