@@ -218,6 +218,9 @@ def run(num_requests: int, concurrency: int = 16, seed: int = 0) -> Outcome:
     finally:
         ours.close()
         server.join(10)
+        if server.is_alive():
+            server.kill()
+            server.join()
 
 
 def main() -> int:
