@@ -16,6 +16,7 @@ from benchmarks.kernels_timing import Table, measure_ceilings
 BENCHES = {
     "experts": ("benchmarks.kernels_experts", "run"),
     "attention": ("benchmarks.kernels_attention", "run"),
+    "elementwise": ("benchmarks.kernels_elementwise", "run"),
     "gemm": ("benchmarks.kernels_dense", "run_gemm"),
     "hyper": ("benchmarks.kernels_dense", "run_hyper"),
 }

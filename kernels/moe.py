@@ -103,6 +103,10 @@ def _by_expert(rows: Tensor, counts: list[int], weight: Tensor, scale: Tensor | 
 
 def route_by_score(x_TD: Tensor, gate_ED: Tensor, bias_E: Tensor, topk: int, scale: float) -> tuple[Tensor, Tensor]:
     """-> experts int64 [T, K], weights float32 [T, K]."""
+    if use_triton(x_TD):
+        from kernels.triton_gate import pick_experts
+
+        return pick_experts(row_linear(x_TD.float(), gate_ED), topk, scale, bias_E=bias_E)
     return route_by_score_ref(x_TD, gate_ED, bias_E, topk, scale)
 
 
@@ -110,6 +114,11 @@ def route_by_token(
     x_TD: Tensor, gate_ED: Tensor, experts_VK: Tensor, token_ids_T: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
     """experts_VK int [V, K]: the fixed experts of each token id. -> as route_by_score."""
+    if use_triton(x_TD):
+        from kernels.triton_gate import pick_experts
+
+        given = experts_VK[token_ids_T].contiguous()
+        return pick_experts(row_linear(x_TD.float(), gate_ED), given.shape[1], scale, given_TK=given)
     return route_by_token_ref(x_TD, gate_ED, experts_VK, token_ids_T, scale)
 
 

@@ -52,6 +52,23 @@ def test_hyper_connections_run_the_kernel_on_bf16_streams_only(generator, device
     assert torch.equal(new, expected_new)
 
 
+def test_routers_run_the_kernel_and_agree_with_their_twins(generator, device, on_gpu):
+    x = torch.randn(5, 32, generator=generator, device=device)
+    gate = torch.randn(12, 32, generator=generator, device=device)
+    bias = torch.randn(12, generator=generator, device=device)
+    table = torch.randint(0, 12, (9, 3), generator=generator, device=device)
+    ids = torch.tensor([8, 0, 3, 3, 1], device=device)
+    with on_gpu:
+        scored = moe.route_by_score(x, gate, bias, 3, 1.5)
+        given = moe.route_by_token(x, gate, table, ids, 1.5)
+    for got, expected in (
+        (scored, moe.route_by_score_ref(x, gate, bias, 3, 1.5)),
+        (given, moe.route_by_token_ref(x, gate, table, ids, 1.5)),
+    ):
+        assert torch.equal(got[0], expected[0])
+        torch.testing.assert_close(got[1], expected[1], rtol=1e-5, atol=1e-8)
+
+
 @pytest.mark.parametrize("simulate", [True, False])
 def test_packed_experts_run_the_kernel_under_the_released_rounding_only(generator, device, on_gpu, simulate):
     def packed(rows, channels):

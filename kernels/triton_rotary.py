@@ -1,0 +1,113 @@
+"""Elementwise passes over heads with rotary channels, each one read and one write of the heads.
+
+T tokens, H heads, D channels (a power of two), the last R of them rotary; cos, sin float32 [T, R / 2].
+
+norm_rope: per-head RMS norm without weight, rounded to x's dtype, then the rotation (rms_norm and rope of the twins).
+inverse_rope_quantize: the rotation back, rounded, then e4m3 with a scale per 128 channels, as the FP8 output projection
+takes it (rope and quantize_fp8 of the twins).
+Plain channels go through the rotation with cos 1 and sin 0, which is exact. Bound by memory.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.triton_common import INTERPRET, power_of_two_scale, to_bf16, to_e4m3
+from kernels.triton_quantize import GROUP, QuantizedRows, scale_stride
+
+TILE = 4096
+"""Elements a program holds."""
+
+
+@triton.jit
+def _rotated(x, cos, sin, token, ROPE: tl.constexpr, INVERSE: tl.constexpr):
+    """x float32 [heads, D] -> float32 [heads, D]."""
+    heads: tl.constexpr = x.shape[0]
+    width: tl.constexpr = x.shape[1]
+    pair = tl.arange(0, width // 2) - (width - ROPE) // 2
+    rotary = pair >= 0
+    c = tl.load(cos + token * (ROPE // 2) + pair, mask=rotary, other=1.0)[None, :]
+    s = tl.load(sin + token * (ROPE // 2) + pair, mask=rotary, other=0.0)[None, :]
+    if INVERSE:
+        s = -s
+    a, b = tl.split(tl.reshape(x, (heads, width // 2, 2)))
+    return tl.reshape(tl.join(a * c - b * s, b * c + a * s), (heads, width))
+
+
+@triton.jit
+def _norm_rope_kernel(
+    x, cos, sin, output, num_heads, eps, stride_x,
+    HEADS: tl.constexpr, WIDTH: tl.constexpr, ROPE: tl.constexpr, BF16: tl.constexpr, INTERPRET: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    head, channel = tl.program_id(1) * HEADS + tl.arange(0, HEADS), tl.arange(0, WIDTH)
+    inside = (head < num_heads)[:, None]
+    value = tl.load(x + token * stride_x + head[:, None] * WIDTH + channel[None, :], mask=inside, other=0.0)
+    value = value.to(tl.float32)
+    value = value * tl.rsqrt(tl.sum(value * value, axis=1) / WIDTH + eps)[:, None]
+    if BF16:
+        value = to_bf16(value, INTERPRET).to(tl.float32)
+    value = _rotated(value, cos, sin, token, ROPE, False)
+    target = output + (token * num_heads + head[:, None]) * WIDTH + channel[None, :]
+    tl.store(target, to_bf16(value, INTERPRET) if BF16 else value, mask=inside)
+
+
+@triton.jit
+def _inverse_rope_quantize_kernel(
+    x, cos, sin, codes, scales, num_heads, stride_x, stride_scales,
+    HEADS: tl.constexpr, WIDTH: tl.constexpr, ROPE: tl.constexpr, BF16: tl.constexpr, INTERPRET: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    first = tl.program_id(1) * HEADS
+    head, channel = first + tl.arange(0, HEADS), tl.arange(0, WIDTH)
+    inside = (head < num_heads)[:, None]
+    value = tl.load(x + token * stride_x + head[:, None] * WIDTH + channel[None, :], mask=inside, other=0.0)
+    value = _rotated(value.to(tl.float32), cos, sin, token, ROPE, True)
+    if BF16:
+        value = to_bf16(value, INTERPRET).to(tl.float32)
+    groups: tl.constexpr = HEADS * WIDTH // 128
+    blocks = tl.reshape(value, (groups, 128))
+    scale = power_of_two_scale(tl.maximum(tl.max(tl.abs(blocks), axis=1), 1e-4), 1.0 / 448.0)
+    code = tl.reshape(to_e4m3(blocks * (1.0 / scale)[:, None], INTERPRET), (HEADS, WIDTH))
+    tl.store(codes + (token * num_heads + head[:, None]) * WIDTH + channel[None, :], code, mask=inside)
+    group = first * (WIDTH // 128) + tl.arange(0, groups)
+    tl.store(scales + group.to(tl.int64) * stride_scales + token, scale, mask=group < num_heads * (WIDTH // 128))
+
+
+def _check(x_THD: Tensor, cos: Tensor) -> tuple[int, int]:
+    """(rotary channels, heads of a program)."""
+    width, rotary = x_THD.shape[2], 2 * cos.shape[1]
+    if width & (width - 1) or width < GROUP or rotary > width:
+        raise ValueError(f"head width {width}, {rotary} of it rotary: the kernels need a power of two from {GROUP}")
+    return rotary, max(1, min(TILE // width, triton.next_power_of_2(x_THD.shape[1])))
+
+
+def norm_rope(x_THD: Tensor, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
+    """x bf16 or float32 [T, H, D], heads contiguous -> like x."""
+    rotary, heads = _check(x_THD, cos)
+    num_tokens, num_heads, width = x_THD.shape
+    output = torch.empty(num_tokens, num_heads, width, dtype=x_THD.dtype, device=x_THD.device)
+    if num_tokens:
+        _norm_rope_kernel[(num_tokens, triton.cdiv(num_heads, heads))](
+            x_THD, cos, sin, output, num_heads, eps, x_THD.stride(0), HEADS=heads, WIDTH=width, ROPE=rotary,
+            BF16=x_THD.dtype == torch.bfloat16, INTERPRET=INTERPRET, num_warps=4,
+        )  # fmt: skip
+    return output
+
+
+def inverse_rope_quantize(x_THD: Tensor, cos: Tensor, sin: Tensor) -> QuantizedRows:
+    """x bf16 or float32 [T, H, D], heads contiguous -> rows [T, H D] for triton_fp8_gemm.fp8_product."""
+    rotary, heads = _check(x_THD, cos)
+    num_tokens, num_heads, width = x_THD.shape
+    codes = torch.empty(num_tokens, num_heads * width, dtype=torch.float8_e4m3fn, device=x_THD.device)
+    shape = (num_heads * width // GROUP, scale_stride(num_tokens))
+    scales = torch.empty(shape, dtype=torch.float32, device=x_THD.device)
+    if num_tokens:
+        _inverse_rope_quantize_kernel[(num_tokens, triton.cdiv(num_heads, heads))](
+            x_THD, cos, sin, codes, scales, num_heads, x_THD.stride(0), scales.stride(0), HEADS=heads, WIDTH=width,
+            ROPE=rotary, BF16=x_THD.dtype == torch.bfloat16, INTERPRET=INTERPRET, num_warps=4,
+        )  # fmt: skip
+    return QuantizedRows(codes, scales)
