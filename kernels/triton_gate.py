@@ -2,8 +2,8 @@
 
 T tokens, E experts, K choices. score = sqrt(softplus(logit)), softplus as log1p(exp(g)) up to g = 20 and g above; the
 K largest of score + bias, ties to the lower expert, or the token's given experts; weights = score / sum of scores *
-scale, without the bias. The router's product stays a float32 matrix product outside. A warp a token, everything in registers;
-bound by latency.
+scale, without the bias. The router's product stays a float32 matrix product outside. A warp a token, everything in
+registers; bound by latency.
 """
 
 from __future__ import annotations
