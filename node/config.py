@@ -28,6 +28,9 @@ class NodeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     enable_expert_parallel: bool = False
     """Split the routed experts over the ranks instead of holding all of them on each."""
 
+    peer_timeout_s: float = 120.0
+    """Ranks that share experts: how long one waits for the others to come, and later for their part of a step."""
+
     engine: EngineConfig
     transfer: TransferConfig = TransferConfig()
     api: ApiSettings = ApiSettings()
@@ -46,6 +49,11 @@ class NodeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
             raise ValueError(f"data_parallel_size={self.data_parallel_size}: must be at least 1")
         if self.host == "0.0.0.0" and not self.advertise_host:
             raise ValueError("host=0.0.0.0 needs advertise_host: the address at which routers reach this node")
+
+    @property
+    def shares_experts(self) -> bool:
+        """The ranks need each other in every step."""
+        return self.enable_expert_parallel and self.data_parallel_size > 1
 
     @property
     def http_url(self) -> str:

@@ -8,6 +8,7 @@ process dies the node fails its requests and exits, because its ranks step toget
 import asyncio
 import contextlib
 import logging
+import socket
 import tempfile
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
@@ -39,13 +40,15 @@ Role = Literal["prefill", "decode", "standalone"]
 @contextlib.asynccontextmanager
 async def engine_processes(config: NodeConfig, role: Role) -> AsyncIterator[list[EngineProcess]]:
     """All ranks, ready to take work; stopped on the way out."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        group_port = probe.getsockname()[1]
     with tempfile.TemporaryDirectory(prefix="tandem-") as directory:
         engines = [
             EngineProcess(
                 f"{role}-rank{rank}",
                 ChannelAddress(directory, rank),
                 run_rank,
-                WorkerSpec(config=config, role=role),
+                WorkerSpec(config=config, role=role, group_port=group_port),
             )
             for rank in range(config.data_parallel_size)
         ]

@@ -7,15 +7,18 @@ and the transfer becomes the engine's connector.
 import logging
 import sys
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
 from node.config import NodeConfig
 from runtime import logging as logs
 from runtime.channel import ChannelAddress, EngineChannel
-from runtime.errors import ProcessDied, TandemError
+from runtime.errors import ConfigError, ProcessDied, TandemError
 from runtime.process import ignore_terminal_signals
+
+if TYPE_CHECKING:
+    from engine.lockstep import RankGroup
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +30,8 @@ class WorkerSpec(msgspec.Struct, frozen=True):
 
     config: NodeConfig
     role: Literal["prefill", "decode", "standalone"]
+    group_port: int
+    """Where the ranks of this node meet when they share the experts."""
 
 
 def run_rank(address: ChannelAddress, spec: WorkerSpec) -> None:
@@ -49,11 +54,14 @@ def _serve(channel: EngineChannel, rank: int, spec: WorkerSpec) -> None:
 
     from api.grammar_matcher import GrammarMatchers
     from engine.engine import Engine
+    from engine.expert_exchange import ExpertExchange, expert_range
     from engine.loader import load_rank
+    from engine.lockstep import Lockstep
     from engine.worker import run_worker
     from kv_transfer.agent import TransferAgent
     from kv_transfer.format import StateFormat
     from kv_transfer.regions import MemoryRegion
+    from model.config import ModelConfig
     from node.bridge import Bridge
     from node.fingerprint import model_fingerprint
     from runtime.requests import EngineReady
@@ -63,7 +71,20 @@ def _serve(channel: EngineChannel, rank: int, spec: WorkerSpec) -> None:
         torch.set_num_threads(1)
     # The transfer thread shares the interpreter with the step loop: let it in soon when something has arrived.
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
-    loaded = load_rank(spec.config.engine, holds_states=spec.role == "prefill", rank=rank)
+    group, lockstep, exchange, experts = None, None, None, None
+    if spec.config.shares_experts:
+        group = join_group(rank, spec, channel)
+        lockstep = Lockstep(group)
+        exchange = ExpertExchange(group, lockstep)
+        num_experts = ModelConfig.load(Path(spec.config.engine.model)).n_routed_experts
+        experts = expert_range(num_experts, rank, group.size)
+    loaded = load_rank(
+        spec.config.engine,
+        holds_states=spec.role == "prefill",
+        rank=rank,
+        experts=experts,
+        expert_parallel=exchange,
+    )
     state_format = StateFormat(
         model_fingerprint=model_fingerprint(loaded.config, loaded.model_config),
         layout=msgspec.to_builtins(loaded.layout),
@@ -90,6 +111,7 @@ def _serve(channel: EngineChannel, rank: int, spec: WorkerSpec) -> None:
             loaded.forward,
             connector=Bridge(transfer) if transfer is not None else None,
             constraints=grammars,
+            parallel=lockstep,
             device=loaded.device,
             rank=rank,
             handoff_address=transfer.address if transfer is not None else "",
@@ -109,3 +131,21 @@ def _serve(channel: EngineChannel, rank: int, spec: WorkerSpec) -> None:
         grammars.close()
         if transfer is not None:
             transfer.stop(spec.config.transfer.stop_grace_s)
+        if group is not None:
+            group.close()
+
+
+def join_group(rank: int, spec: WorkerSpec, channel: EngineChannel) -> "RankGroup":
+    """Meet the other ranks of this node. Raises ConfigError on a GPU, EngineError when the others do not come."""
+    import torch
+
+    from engine.bell import Bell
+    from engine.lockstep import RankGroup
+
+    if torch.cuda.is_available() and spec.config.engine.device != "cpu":
+        raise ConfigError(
+            "enable_expert_parallel needs engine.device=cpu: it is not available on GPUs yet"
+        )
+    bell = Bell("127.0.0.1", channel.wake)
+    size = spec.config.data_parallel_size
+    return RankGroup(rank, size, "127.0.0.1", spec.group_port, bell, spec.config.peer_timeout_s)
