@@ -89,7 +89,6 @@ class Engine:
             reserved_pages=max(1, int(shape.num_pages * _PAGE_RESERVE)),
             chunk_alignment=shape.chunk_alignment,
         )
-        self._eos_ids = np.asarray(shape.eos_ids, np.int64)
         self._outbox = Outbox()
         self._arrivals = 0
         self._changed = False
@@ -287,7 +286,8 @@ class Engine:
             request.generated.append(token_id)
         finite = np.isfinite(result.best)
         special = rows.num_generated[:count] >= rows.max_generated[:count]
-        special |= np.isin(token_ids, self._eos_ids) & ~rows.ignore_eos[:count]
+        for eos_id in self.shape.eos_ids:
+            special |= (token_ids == eos_id) & ~rows.ignore_eos[:count]
         special |= rows.has_grammar[:count]
         special |= ~finite
         special[num_decode:] = True
