@@ -58,7 +58,7 @@ class TransferConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     connect_timeout_s: float = 5.0
     """For a peer's control channel to open and exchange Hello, and for the first contact on the data path."""
     lease_s: float = 10.0
-    """How long prefill pins what it announced without hearing from the decode rank that claimed it."""
+    """How long prefill pins what it announced without hearing from the decode rank that claimed it. At least 1."""
     lease_margin_s: float = 1.0
     """Decode stops trusting a lease this much before its end."""
     claim_wait_s: float = 30.0
@@ -107,6 +107,8 @@ class TransferConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             raise ValueError(f"handoff_port={self.handoff_port} is not a port")
         if not 0 < self.lease_margin_s < self.lease_s / 2:
             raise ValueError(f"lease_margin_s={self.lease_margin_s}: positive and under half of lease_s={self.lease_s}")
+        if self.lease_s < 1.0:
+            raise ValueError(f"lease_s={self.lease_s}: a lease under a second is lost to any hiccup")
         for name in (
             "connect_timeout_s",
             "claim_wait_s",

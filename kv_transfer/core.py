@@ -33,6 +33,8 @@ _SLOW_NAP_S = 0.005
 _PATIENCE_S = 0.05
 """Naps are short while reads end, longer after this long without any."""
 _WATCH_EVERY_S = 0.5
+_RENEW_EVERY_S = 0.1
+"""How often leases are looked at; each is renewed when a quarter of it has passed."""
 _WEDGED_AFTER_FAILURES = 3
 
 
@@ -169,6 +171,7 @@ class TransferCore:
             format_summary=self._format.summary,
             pages=self._pages,
             slots=self._slots,
+            lease_s=self.config.lease_s,
         )
 
     # ---- the engine -------------------------------------------------------------------------------------------------
@@ -220,7 +223,7 @@ class TransferCore:
 
     async def _renew(self) -> None:
         while True:
-            await asyncio.sleep(self.config.lease_s / 4)
+            await asyncio.sleep(_RENEW_EVERY_S)
             self.receiver.renew()
 
     async def _watch(self) -> None:

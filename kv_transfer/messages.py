@@ -20,6 +20,8 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True):
     format_summary: str
     pages: MemoryRegion
     slots: MemoryRegion
+    lease_s: float
+    """The leases this rank grants."""
 
 
 class Claim(msgspec.Struct, frozen=True, kw_only=True):

@@ -147,7 +147,7 @@ class Receiver:
         pages: tuple[int, ...],
         slot: int,
     ) -> None:
-        lease = ReaderLease(self._config.lease_margin_s)
+        lease = ReaderLease(self._config.lease_margin_s, self._config.lease_s)  # replaced when the peer is known
         claim = (source_epoch, num_tokens, prompt_hash)
         receive = Receive(transfer_id, next(self._attempts), pages, slot, claim, lease)
         receive.driver = Driver(
@@ -228,10 +228,10 @@ class Receiver:
                 self._feed(receive, RefuseArrived(reason, retryable))
 
     def renew(self) -> None:
-        """Tell every prefill rank we are reading from that we still are."""
+        """Tell prefill ranks that we are still reading, where it is time."""
         now = self._clock()
         for receive in self._receives.values():
-            if receive.driver.record.phase in _CLAIMED:
+            if receive.driver.record.phase in _CLAIMED and receive.lease.should_renew(now):
                 ask = receive.lease.ask(now)
                 self._tell(receive, Renew(transfer_id=receive.transfer_id, attempt=receive.attempt, ask=ask))
 
@@ -319,6 +319,9 @@ class Receiver:
                 self._emit(Quiet(receive.transfer_id))
 
     def _claim(self, receive: Receive) -> None:
+        assert receive.link is not None
+        assert receive.link.hello is not None
+        receive.lease = ReaderLease(self._config.lease_margin_s, receive.link.hello.lease_s)
         receive.claimed_at = self._clock()
         claim = Claim(
             transfer_id=receive.transfer_id,

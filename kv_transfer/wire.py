@@ -171,6 +171,7 @@ def _encode_hello(hello: Hello) -> pb.Hello:
         format_summary=hello.format_summary,
         pages=_encode_region(hello.pages),
         slots=_encode_region(hello.slots),
+        lease_seconds=hello.lease_s,
     )
 
 
@@ -189,6 +190,7 @@ def _decode_hello(hello: pb.Hello) -> Hello:
         format_summary=hello.format_summary,
         pages=_decode_region(hello.pages),
         slots=_decode_region(hello.slots),
+        lease_s=_decode_seconds(hello.lease_seconds),
     )
 
 
@@ -204,6 +206,10 @@ def _decode_region(region: pb.Region) -> MemoryRegion:
 
 
 def _decode_lease(lease: pb.Lease) -> Lease:
-    if not 0 < lease.seconds < 86400:
-        raise WireError(f"a lease of {lease.seconds} seconds")
-    return Lease(lease.ask, lease.seconds)
+    return Lease(lease.ask, _decode_seconds(lease.seconds))
+
+
+def _decode_seconds(seconds: float) -> float:
+    if not 0 < seconds < 86400:
+        raise WireError(f"a lease of {seconds} seconds")
+    return seconds

@@ -7,7 +7,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class Hello(_message.Message):
-    __slots__ = ("epoch", "session_id", "transport", "engine_version", "format_digest", "format_summary", "pages", "slots")
+    __slots__ = ("epoch", "session_id", "transport", "engine_version", "format_digest", "format_summary", "pages", "slots", "lease_seconds")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     TRANSPORT_FIELD_NUMBER: _ClassVar[int]
@@ -16,6 +16,7 @@ class Hello(_message.Message):
     FORMAT_SUMMARY_FIELD_NUMBER: _ClassVar[int]
     PAGES_FIELD_NUMBER: _ClassVar[int]
     SLOTS_FIELD_NUMBER: _ClassVar[int]
+    LEASE_SECONDS_FIELD_NUMBER: _ClassVar[int]
     epoch: str
     session_id: str
     transport: str
@@ -24,7 +25,8 @@ class Hello(_message.Message):
     format_summary: str
     pages: Region
     slots: Region
-    def __init__(self, epoch: _Optional[str] = ..., session_id: _Optional[str] = ..., transport: _Optional[str] = ..., engine_version: _Optional[str] = ..., format_digest: _Optional[str] = ..., format_summary: _Optional[str] = ..., pages: _Optional[_Union[Region, _Mapping]] = ..., slots: _Optional[_Union[Region, _Mapping]] = ...) -> None: ...
+    lease_seconds: float
+    def __init__(self, epoch: _Optional[str] = ..., session_id: _Optional[str] = ..., transport: _Optional[str] = ..., engine_version: _Optional[str] = ..., format_digest: _Optional[str] = ..., format_summary: _Optional[str] = ..., pages: _Optional[_Union[Region, _Mapping]] = ..., slots: _Optional[_Union[Region, _Mapping]] = ..., lease_seconds: _Optional[float] = ...) -> None: ...
 
 class Region(_message.Message):
     __slots__ = ("base_address", "stride_bytes", "count")

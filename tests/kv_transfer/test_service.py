@@ -50,7 +50,7 @@ async def test_a_silent_stream_is_ended_after_the_deadline(prefill):
 
 
 async def test_an_incompatible_rank_is_told_what_differs(prefill):
-    hello = pb.Hello(epoch="e", session_id="h:1", transport="rdma", pages=REGION, slots=REGION)
+    hello = pb.Hello(epoch="e", session_id="h:1", transport="rdma", pages=REGION, slots=REGION, lease_seconds=1.0)
     _, code, details = await converse(prefill.address, pb.ToPrefill(hello=hello))
     assert code is grpc.StatusCode.FAILED_PRECONDITION
     assert "tcp here, rdma at h:1" in details
@@ -66,6 +66,7 @@ async def test_nonsense_after_hello_ends_the_stream_and_frees_its_claim(prefill,
         format_digest=prefill.format_digest,
         pages=REGION,
         slots=pb.Region(base_address=4096, stride_bytes=1 << 18, count=4),
+        lease_seconds=1.0,
     )
     bad = {
         "nothing": pb.ToPrefill(),

@@ -28,7 +28,7 @@ class Clock:
 
 
 def test_a_lease_counts_from_before_the_question_was_sent():
-    lease = ReaderLease(margin_s=1.0)
+    lease = ReaderLease(margin_s=1.0, length_s=10.0)
     ask = lease.ask(100.0)
     assert not lease.covers(100.0)
     lease.grant(ask, 10.0)
@@ -37,7 +37,7 @@ def test_a_lease_counts_from_before_the_question_was_sent():
 
 
 def test_a_late_answer_to_an_old_question_never_extends_a_lease():
-    lease = ReaderLease(margin_s=1.0)
+    lease = ReaderLease(margin_s=1.0, length_s=10.0)
     first, second = lease.ask(100.0), lease.ask(105.0)
     lease.grant(second, 10.0)
     lease.grant(first, 10.0)
@@ -46,9 +46,19 @@ def test_a_late_answer_to_an_old_question_never_extends_a_lease():
     assert lease.end == 114.0
 
 
-@given(st.lists(st.tuples(st.integers(1, 6), st.floats(0, 5)), max_size=30))
+def test_short_leases_are_renewed_more_often_and_keep_most_of_their_length():
+    long, short = ReaderLease(margin_s=1.0, length_s=10.0), ReaderLease(margin_s=1.0, length_s=1.0)
+    long.ask(100.0)
+    assert not long.should_renew(102.4)
+    assert long.should_renew(102.5)
+    short.grant(short.ask(100.0), 1.0)
+    assert short.end == 100.75
+    assert short.should_renew(100.25)
+
+
+@given(st.lists(st.tuples(st.integers(1, 6), st.integers(0, 5)), max_size=30))
 def test_a_lease_is_never_longer_than_its_latest_question_allows(steps):
-    lease = ReaderLease(margin_s=0.5)
+    lease = ReaderLease(margin_s=0.5, length_s=10.0)
     now, sent = 0.0, {}
     granted = 0
     for number, passed in steps:
@@ -204,6 +214,7 @@ HELLO = Hello(
     format_summary="ours",
     pages=REGION,
     slots=REGION,
+    lease_s=10.0,
 )
 
 
@@ -236,6 +247,7 @@ def test_newer_engines_work_together(version):
         ({"port_range": (15000, 70000)}, "port_range"),
         ({"handoff_port": 70000}, "handoff_port"),
         ({"lease_s": 1.0, "lease_margin_s": 0.6}, "lease_margin_s"),
+        ({"lease_s": 0.5, "lease_margin_s": 0.1}, "lease_s"),
         ({"claim_wait_s": 0}, "claim_wait_s"),
         ({"window": 5000}, "window"),
         ({"max_read_bytes": 4096}, "max_read_bytes"),

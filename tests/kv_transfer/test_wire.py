@@ -24,6 +24,7 @@ hellos = st.builds(
     format_summary=st.text(),
     pages=regions,
     slots=regions,
+    lease_s=st.floats(0.001, 86000),
 )
 checksums = st.builds(messages.Checksums, st.none() | u64, st.lists(st.tuples(u32, u64), max_size=9).map(tuple))
 to_prefill = st.one_of(
@@ -68,18 +69,6 @@ def test_messages_to_prefill_survive_the_wire(message):
 def test_messages_to_decode_survive_the_wire(message):
     sent = wire.encode_to_decode(message).SerializeToString()
     assert wire.decode_to_decode(pb.ToDecode.FromString(sent)) == message
-
-
-GOOD_HELLO = messages.Hello(
-    epoch="e",
-    session_id="h:1",
-    transport="tcp",
-    engine_version="v",
-    format_digest="d",
-    format_summary="s",
-    pages=MemoryRegion(1, 1, 1),
-    slots=MemoryRegion(1, 1, 1),
-)
 
 
 @pytest.mark.parametrize(
