@@ -324,8 +324,7 @@ experts_kernel(const __grid_constant__ CUtensorMap rows_map, const __grid_consta
         const uint64_t rows = operand_descriptor(source);
         uint32_t a[2][4][4];
         load_unit(a[0], codes, shifts, table, thread);
-        // The second unit is decoded while the tensor cores work on the first. (Decoding the next stage's first unit ahead of this
-        // one's last product was slower.)
+        // The second unit is decoded while the tensor cores work on the first.
         if constexpr (N <= 64) {
           float partial[2][N / 2];
           multiply<N>(partial[0], a[0], rows);
