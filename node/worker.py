@@ -143,9 +143,7 @@ def join_group(rank: int, spec: WorkerSpec, channel: EngineChannel) -> "RankGrou
     from engine.lockstep import RankGroup
 
     if torch.cuda.is_available() and spec.config.engine.device != "cpu":
-        raise ConfigError(
-            "enable_expert_parallel needs engine.device=cpu: it is not available on GPUs yet"
-        )
+        raise ConfigError("enable_expert_parallel needs engine.device=cpu: it is not available on GPUs yet")
     bell = Bell("127.0.0.1", channel.wake)
     size = spec.config.data_parallel_size
     return RankGroup(rank, size, "127.0.0.1", spec.group_port, bell, spec.config.peer_timeout_s)
