@@ -53,7 +53,7 @@ class ReceiveFailed(msgspec.Struct, frozen=True, tag=True):
     transfer_id: str
     message: str
     retryable: bool
-    """True if computing the prompt again may help (peer lost or restarted, lease over); False for a refusal (format)."""
+    """True if computing again may help (peer lost or restarted, lease over); False for a refusal (format)."""
 
 
 class Quiet(msgspec.Struct, frozen=True, tag=True):
