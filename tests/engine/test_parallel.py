@@ -39,13 +39,24 @@ class Rank:
 
 
 def run_ranks(size: int, body: Callable[[Rank], Any], timeout_s: float = 20.0) -> list[Any]:
-    """`body` on every rank, each in a thread of its own; results by rank."""
+    """`body` on every rank, each in a thread of its own; results by rank.
+
+    Leaving is a round for those who stay, so nobody leaves before all bodies have ended.
+    """
     port = free_port()
+    all_ended = threading.Barrier(size)
 
     def one(number: int) -> Any:
         rank = Rank(number, size, port, timeout_s)
         try:
-            return body(rank)
+            result = body(rank)
+            all_ended.wait(100)
+            return result
+        except threading.BrokenBarrierError:
+            return None  # another body failed, and says why
+        except BaseException:
+            all_ended.abort()
+            raise
         finally:
             rank.lockstep.leave()
             rank.group.close()
@@ -150,7 +161,7 @@ def test_a_peer_that_does_not_answer_is_an_error_and_no_hang():
             release.set()
         return "answered"
 
-    answers = run_ranks(2, body, timeout_s=2.0)
+    answers = run_ranks(2, body, timeout_s=5.0)
     assert "lost a peer" in answers[0]
 
 
