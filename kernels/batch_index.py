@@ -1,6 +1,11 @@
 """What every attention op must know about a packed batch: whose token it is, where it stands, where its state lies.
 
 T tokens, B requests. Tokens of a request are consecutive; request b owns rows query_start[b] .. query_start[b + 1].
+
+Padding, for captured decode steps of a fixed size, needs no case of its own in any kernel: a padding request has one
+token at position 0, no context, a page-table row of zeros, and the spare slot behind the pool's last one. So it reads
+nothing but its own row, closes no block, and all it writes goes to the spare slot, which several of them may share.
+Entries of `page_table` beyond a request's own pages may be left over from other requests: valid ids, never to be used.
 """
 
 from __future__ import annotations
