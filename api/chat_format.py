@@ -40,6 +40,10 @@ class ChatShape(msgspec.Struct, frozen=True, kw_only=True):
 _NOTHING_MORE = b',"logprobs":null,"finish_reason":null}]}\n\n'
 
 
+def _content_delta(text: str) -> bytes:
+    return b'{"content":' + orjson.dumps(text) + b"}"
+
+
 def new_call_id() -> str:
     return f"call_{secrets.token_hex(12)}"
 
@@ -129,12 +133,24 @@ class ChatResponse:
         )
 
     def feed(self, arrived: Sequence[tuple[int, Tokens]]) -> bytes:
+        frames = [self._prose(*step) or self._step(*step) for step in arrived]
+        return frames[0] if len(frames) == 1 else b"".join(frames)
+
+    def _prose(self, number: int, tokens: Tokens) -> bytes:
+        """The chunk of a step that is only more text, if it is one and nobody wants to know more about it."""
+        text = self._reader.plain(number, tokens) if self._only_deltas else ""
+        if not text:
+            return b""
+        delta = self._reasoning_delta(text) if self._reader.in_reasoning(number) else _content_delta(text)
+        return self._openings[number] + delta + _NOTHING_MORE
+
+    def _step(self, number: int, tokens: Tokens) -> bytes:
         frames = []
-        for number, tokens, piece in self._reader.read(arrived):
+        for _, _, piece in self._reader.read([(number, tokens)]):
             choice = self._choices[number]
             events, piece = self._take(choice, tokens, piece)
             frames.append(self._chunks(number, choice, events, piece))
-        return frames[0] if len(frames) == 1 else b"".join(frames)
+        return b"".join(frames)
 
     def _chunks(self, number: int, choice: _Choice, events: Sequence[Event], piece: Piece) -> bytes:
         """One step's chunks, one per event."""
@@ -172,10 +188,9 @@ class ChatResponse:
 
     def _delta(self, event: Event) -> bytes:
         if type(event) is ContentDelta:
-            return b'{"content":' + orjson.dumps(event.text) + b"}"
+            return _content_delta(event.text)
         if type(event) is ReasoningDelta:
-            text = orjson.dumps(event.text)
-            return b"{" + b",".join([name + text for name in self._reasoning_names]) + b"}"
+            return self._reasoning_delta(event.text)
         if type(event) is ToolCallStart:
             function = {"name": event.name, "arguments": ""}
             call = {"index": event.index, "id": new_call_id(), "type": "function", "function": function}
@@ -183,6 +198,10 @@ class ChatResponse:
         assert type(event) is ToolArgumentsDelta
         piece = {"index": event.index, "function": {"arguments": event.text}}
         return orjson.dumps({"tool_calls": [piece]})
+
+    def _reasoning_delta(self, text: str) -> bytes:
+        escaped = orjson.dumps(text)
+        return b"{" + b",".join([name + escaped for name in self._reasoning_names]) + b"}"
 
     def end(self) -> bytes:
         if not self._shape.include_usage:

@@ -17,7 +17,7 @@ from runtime.requests import Tokens
 class ChatOutput:
     """The state between steps. `hide_reasoning`: pieces tell which of their tokens belong to the reasoning."""
 
-    __slots__ = ("_eos_id", "_hide", "_matcher", "_num_tokens", "_parser", "_rules")
+    __slots__ = ("_eos_id", "_hide", "_is_unsearched", "_matcher", "_num_tokens", "_parser", "_rules")
 
     def __init__(
         self, tokenizer: Tokenizer, rules: TextRules, start: ParserStart, *, tools: bool, hide_reasoning: bool = False
@@ -27,24 +27,25 @@ class ChatOutput:
         self._parser = OutputParser(start, tools=tools, tokenizer=tokenizer)
         self._matcher = StopMatcher(rules.stops, include_stop=rules.include_stop) if rules.stops else None
         self._hide = hide_reasoning
+        self._is_unsearched = self._matcher is None and not hide_reasoning
         self._num_tokens = 0
+
+    @property
+    def in_reasoning(self) -> bool:
+        """Whether plain text belongs to the reasoning now."""
+        return self._parser.in_reasoning
+
+    def plain(self, token_ids: Sequence[int]) -> str:
+        """Take a step in the middle that is nothing but text of the present part. Empty: not taken, `feed` must."""
+        return self._parser.plain(token_ids) if self._is_unsearched else ""
 
     def feed(self, tokens: Tokens) -> Piece:
         """The next step. Nothing may be fed after a piece with a finish reason."""
         before = self._parser.reasoning_tokens
         visible = visible_ids(tokens, self._eos_id, self._rules)
-        if self._matcher is None and not self._hide and tokens.finish_reason is None:
-            # What nearly every step is. The rest of this method would come to the same.
-            events = self._parser.feed(visible)
-            return Piece(
-                tokens.token_ids,
-                tokens.logprobs,
-                events=events,
-                num_reasoning=self._parser.reasoning_tokens - before,
-            )
         num_used, num_hidden = len(tokens.token_ids), 0
-        events = []
-        if self._matcher is None and not self._hide:
+        events: list[Event] = []
+        if self._is_unsearched:
             events = self._parser.feed(visible)
         else:
             for position, token_id in enumerate(visible, start=1):

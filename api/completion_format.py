@@ -53,6 +53,11 @@ class CompletionResponse:
         self._reader = reader
         self._shape = shape
         self._choices = [_Choice(submit, text, shape) for submit, text in zip(submits, echo_texts, strict=True)]
+        self._only_text = not (
+            shape.num_logprobs is not None or shape.return_token_ids or shape.continuous_usage or shape.prompt_only
+        )
+        head = orjson.dumps(shape.head)[:-1]
+        self._openings = [b'data: %b,"choices":[{"index":%d,"text":' % (head, number) for number in range(len(submits))]
 
     def _read(self, arrived: Sequence[tuple[int, Tokens]]) -> list[tuple[_Choice, dict[str, Any]]]:
         shape = self._shape
@@ -92,8 +97,19 @@ class CompletionResponse:
         return b""
 
     def feed(self, arrived: Sequence[tuple[int, Tokens]]) -> bytes:
+        frames = [self._text(*step) or self._step(*step) for step in arrived]
+        return frames[0] if len(frames) == 1 else b"".join(frames)
+
+    def _text(self, number: int, tokens: Tokens) -> bytes:
+        """The chunk of a step that is only more text, if it is one and nobody wants to know more about it."""
+        if not self._only_text or self._choices[number].echo_text is not None:
+            return b""
+        text = self._reader.plain(number, tokens)
+        return self._openings[number] + orjson.dumps(text) + _NOTHING_MORE if text else b""
+
+    def _step(self, number: int, tokens: Tokens) -> bytes:
         frames = []
-        for _, entry in self._read(arrived):
+        for _, entry in self._read([(number, tokens)]):
             if entry["text"] or entry["finish_reason"] or entry["logprobs"] or entry.get("token_ids"):
                 chunk = {**self._shape.head, "choices": [entry]}
                 if self._shape.continuous_usage:
@@ -137,6 +153,7 @@ class CompletionResponse:
         return merged
 
 
+_NOTHING_MORE = b',"logprobs":null,"finish_reason":null,"stop_reason":null}]}\n\n'
 _LOGPROB_KEYS = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
 
 

@@ -15,6 +15,7 @@ from api.response_store import ResponseStore
 from api.sampling import Limits
 from api.settings import ApiSettings
 from api.tokenizer import Tokenizer
+from api.turn import Turn
 from runtime.errors import RequestError
 
 
@@ -30,6 +31,7 @@ class Context:
         self.store = ResponseStore(settings.response_store_entries, settings.response_store_bytes)
         self.live: set[Generation] = set()
         """What is generating now."""
+        self.turn = Turn()
         self.limiter = Limiter(settings.max_concurrent_requests)
         self.created = engine.info.created or self.unix_time()
         if settings.reasoning_effort_profile == "auto":

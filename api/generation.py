@@ -6,6 +6,7 @@ from types import TracebackType
 from typing import Self
 
 from api.backend import EngineClient, GenerationStream
+from api.turn import Turn
 from runtime.errors import TandemError
 from runtime.requests import Submit, Tokens
 
@@ -19,21 +20,30 @@ class Generation:
                 ...
     """
 
-    def __init__(self, streams: Sequence[GenerationStream], name: str = "") -> None:
+    def __init__(self, streams: Sequence[GenerationStream], name: str = "", turn: Turn | None = None) -> None:
+        """`turn` is shared by all generations of an event loop."""
         self.name = name
         """The response id, under which an operator knows it."""
         self._all = tuple(streams)
         self._live = list(enumerate(streams))
         self._loop = asyncio.get_running_loop()
+        self._turn = turn or Turn()
         self._waiter: asyncio.Future[None] | None = None
         self._listener: Callable[[], None] | None = None
-        self._is_scheduled = False
         self._aborted: TandemError | None = None
         for stream in streams:
             stream.subscribe(self.wake)
 
     @classmethod
-    async def start(cls, engine: EngineClient, submits: Sequence[Submit], *, rank: int | None, name: str = "") -> Self:
+    async def start(
+        cls,
+        engine: EngineClient,
+        submits: Sequence[Submit],
+        *,
+        rank: int | None,
+        name: str = "",
+        turn: Turn | None = None,
+    ) -> Self:
         """Submit every choice, or none: what was submitted before one is refused is aborted."""
         streams: list[GenerationStream] = []
         try:
@@ -43,7 +53,7 @@ class Generation:
             for stream in streams:
                 stream.close()
             raise
-        return cls(streams, name)
+        return cls(streams, name, turn)
 
     @property
     def rank(self) -> int:
@@ -65,16 +75,13 @@ class Generation:
     def wake(self) -> None:
         """Make `wait` return, or call the listener, even if nothing has arrived."""
         if self._listener is not None:
-            if not self._is_scheduled:
-                self._is_scheduled = True
-                self._loop.call_soon(self._call_listener)
+            self._turn.soon(self._call_listener)
             return
         waiter = self._waiter
         if waiter is not None and not waiter.done():
             waiter.set_result(None)
 
     def _call_listener(self) -> None:
-        self._is_scheduled = False
         if self._listener is not None:
             self._listener()
 
@@ -100,7 +107,13 @@ class Generation:
         """What arrived, without waiting. Raises what ended a choice."""
         if self._aborted is not None:
             raise self._aborted
-        arrived: list[tuple[int, Tokens]] = []
+        if len(self._live) == 1:
+            choice, stream = self._live[0]
+            arrived = [(choice, tokens) for tokens in stream.pending()]
+            if arrived and arrived[-1][1].finish_reason is not None:
+                self._live = []
+            return arrived
+        arrived = []
         ended = False
         for choice, stream in self._live:
             for tokens in stream.pending():

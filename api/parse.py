@@ -5,15 +5,15 @@ its meaning is certain. What the model gets wrong degrades by fixed rules: a mis
 supplied, stray markers are dropped or stay text, unclosed tags are closed.
 """
 
-import codecs
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
+from api.detokenizer import Detokenizer
 from api.parse_calls import CallsParser
 from api.parse_events import Event, ParserStart, StartState
 from api.parse_marks import DSML, MARKS, TextMarks
-from api.parse_prose import ProseParser
+from api.parse_prose import UNCERTAIN_ENDS, ProseParser
 from api.parse_sink import EventSink
-from api.tokenizer import Tokenizer, join_bytes
+from api.tokenizer import Tokenizer
 
 
 class OutputParser:
@@ -28,11 +28,10 @@ class OutputParser:
         self._calls = CallsParser(self._sink)
         self._in_calls = start.state is StartState.TOOL
         self._text_marks = TextMarks()
-        self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
-        self._bytes_of: list[bytes] = []
+        self._detokenizer: Detokenizer | None = None
         self._marks: dict[int, str] = {}
         if tokenizer is not None:
-            self._bytes_of = tokenizer.visible_bytes_of
+            self._detokenizer = Detokenizer(tokenizer)
             self._marks = {tokenizer.id_of(spelling): mark for spelling, mark in MARKS.items()}
             self._marks[tokenizer.eos_id] = ""
         self.reasoning_tokens = 0
@@ -51,7 +50,25 @@ class OutputParser:
         """Tool calls begun so far."""
         return self._sink.num_calls
 
-    def feed(self, token_ids: Iterable[int]) -> list[Event]:
+    @property
+    def in_reasoning(self) -> bool:
+        return self._prose.in_reasoning and not self._in_calls
+
+    def plain(self, token_ids: Sequence[int]) -> str:
+        """Take the next tokens, if they are certain to be more of the present reasoning or content and nothing else.
+
+        Returns their text, which `feed` would have given as the one event; or nothing, and then nothing was taken.
+        """
+        if self._in_calls or self._detokenizer is None or not self._prose.is_open:
+            return ""
+        text = self._detokenizer.plain(token_ids)
+        if not text or text[-1] in UNCERTAIN_ENDS:
+            return ""
+        if self._prose.in_reasoning:
+            self.reasoning_tokens += len(token_ids)
+        return text
+
+    def feed(self, token_ids: Sequence[int]) -> list[Event]:
         """Take the next tokens."""
         run: list[int] = []
         for token_id in token_ids:
@@ -72,7 +89,7 @@ class OutputParser:
 
     def finish(self, reason: str) -> list[Event]:
         """The output ended: "stop" if the model ended it, anything else if it was cut."""
-        self._consume(self._text_marks.finish() + self._decode(b"", True))
+        self._consume(self._text_marks.finish() + self._unfinished())
         if self._in_calls:
             self._calls.finish(complete=reason == "stop")
         else:
@@ -84,7 +101,8 @@ class OutputParser:
         if not token_ids:
             return
         was_reasoning = self.state is StartState.REASONING
-        self._consume(self._decode(join_bytes(self._bytes_of, token_ids)))
+        assert self._detokenizer is not None, "ids are fed, so a tokenizer was given"
+        self._consume(self._detokenizer.push(token_ids))
         if not was_reasoning:
             return
         if self.state is StartState.REASONING:
@@ -96,7 +114,11 @@ class OutputParser:
         if mark == DSML and self.state is StartState.REASONING:
             self._reasoning_before_tag = self.reasoning_tokens
             self.reasoning_tokens += 1
-        self._consume(self._decode(b"", True) + mark)
+        self._consume(self._unfinished() + mark)
+
+    def _unfinished(self) -> str:
+        """What stands for a character that a marker or the end cut off."""
+        return "" if self._detokenizer is None else self._detokenizer.finish()
 
     def _consume(self, text: str) -> None:
         if not self._in_calls:

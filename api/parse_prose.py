@@ -21,6 +21,10 @@ _OPENER_PREFIX: Final = re.compile(f"(?:{'|'.join(BLOCK_NAMES)})[ \\t]{{0,4}}")
 _OPENER_SPELLINGS: Final = (*BLOCK_NAMES, 'invoke name="')
 
 
+UNCERTAIN_ENDS: Final = "\n<"
+"""A text that ends with one of these may have to wait for what follows."""
+
+
 class Opener(enum.Enum):
     """What a `<｜DSML｜` in prose turns out to be."""
 
@@ -42,6 +46,11 @@ class ProseParser:
         """Held back, before `_held`: as a number, because a model may write nothing but newlines for long."""
         self._held = ""
         self._stops = _CLOSE_OR_TAG if tools else _CLOSE
+
+    @property
+    def is_open(self) -> bool:
+        """Inside a part, with nothing held back: text without markers and uncertain ends goes straight through."""
+        return not (self._fresh or self._newlines or self._held)
 
     def feed(self, text: str) -> str | None:
         """Take more text. Returns what follows the opener of a tool block once there is one."""

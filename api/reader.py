@@ -16,6 +16,11 @@ from runtime.requests import Tokens
 class Output(Protocol):
     """One choice's way from tokens to text: `TextOutput` or `ChatOutput`."""
 
+    @property
+    def in_reasoning(self) -> bool: ...
+
+    def plain(self, token_ids: Sequence[int]) -> str: ...
+
     def feed(self, tokens: Tokens) -> Piece: ...
 
 
@@ -60,6 +65,26 @@ class Reader:
                 self._end(number, piece)
             pieces.append((number, tokens, piece))
         return pieces
+
+    def plain(self, number: int, tokens: Tokens) -> str:
+        """The text of a step that has nothing but text, which is nearly every one. Empty: not read, `read` must."""
+        output = self._outputs[number]
+        if output is None or tokens.finish_reason is not None or tokens.prompt_tokens:
+            return ""
+        token_ids = tokens.token_ids
+        text = output.plain(token_ids)
+        if text:
+            count = len(token_ids)
+            self.usage.completion_tokens += count
+            if output.in_reasoning:
+                self.usage.reasoning_tokens += count
+            self._timers[number].tokens(count, self._clock())
+        return text
+
+    def in_reasoning(self, number: int) -> bool:
+        """Whether the text that `plain` returned last for this choice is reasoning."""
+        output = self._outputs[number]
+        return output is not None and output.in_reasoning
 
     def _end(self, number: int, piece: Piece) -> None:
         assert piece.finish_reason is not None

@@ -36,7 +36,9 @@ async def respond(
     context = request.app[CONTEXT]
     rank = context.rank_of(request)
     name = submission.response_id
-    async with await Generation.start(context.engine, submission.submits, rank=rank, name=name) as generation:
+    async with await Generation.start(
+        context.engine, submission.submits, rank=rank, name=name, turn=context.turn
+    ) as generation:
         reader = Reader(context, submission, generation, outputs, arrived=arrived)
         context.live.add(generation)
         try:

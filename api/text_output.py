@@ -66,6 +66,12 @@ class TextOutput:
         self._matcher = StopMatcher(rules.stops, include_stop=rules.include_stop) if rules.stops else None
         self._num_tokens = 0
 
+    in_reasoning = False
+
+    def plain(self, token_ids: Sequence[int]) -> str:
+        """Take a step in the middle that is nothing but whole characters. Empty: not taken, `feed` must."""
+        return self._detokenizer.plain(token_ids) if self._matcher is None else ""
+
     def feed(self, tokens: Tokens) -> Piece:
         """The next step. Nothing may be fed after a piece with a finish reason."""
         visible = visible_ids(tokens, self._eos_id, self._rules)

@@ -72,6 +72,10 @@ class Tokenizer:
         """The same without the special tokens, which are empty here."""
         for token_id in self.special_ids:
             self.visible_bytes_of[token_id] = b""
+        self.text_of = [_whole_text(token) for token in self.bytes_of]
+        """id -> its text, where that begins and ends with whole characters; empty for others and for control tokens."""
+        for token_id in self.added_ids:
+            self.text_of[token_id] = ""
         self._words = AsciiWords(self._encode_batch)
         self._cache = _PieceCache(cache_chars)
         self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="tokenizer")
@@ -202,6 +206,13 @@ def join_bytes(bytes_of: list[bytes], token_ids: Iterable[int]) -> bytes:
         return b"".join([bytes_of[token_id] for token_id in token_ids])
     except IndexError:
         return b"".join([bytes_of[token_id] for token_id in token_ids if token_id < len(bytes_of)])
+
+
+def _whole_text(token: bytes) -> str:
+    try:
+        return token.decode()
+    except UnicodeDecodeError:
+        return ""
 
 
 class _PieceCache:

@@ -109,7 +109,7 @@ class Shutdown(msgspec.Struct, frozen=True, tag="shutdown"):
 ToEngine = Submit | Abort | ReleaseTransfer | ResetPrefixCache | Drain | Shutdown
 
 
-class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """Log-probabilities (natural log, after temperature-free softmax of the raw logits) at one position."""
 
     token_id: int
@@ -120,7 +120,7 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
     top_logprobs: tuple[float, ...]
 
 
-class Tokens(msgspec.Struct, frozen=True, array_like=True):
+class Tokens(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """New tokens of one request in one step, in order. `finish_reason` is set on the last one of a request."""
 
     request_id: str

@@ -108,8 +108,8 @@ class StandInEngine:
                     else (),
                     finish_reason=finish,
                     stop_token_id=step[-1] if finish == "stop" and step[-1] in sampling.stop_token_ids else None,
-                    prompt_tokens=len(request.prompt_ids),
-                    cached_tokens=self.cached_tokens,
+                    prompt_tokens=len(request.prompt_ids) if position == 0 or finish is not None else 0,
+                    cached_tokens=self.cached_tokens if position == 0 or finish is not None else 0,
                     prompt_logprobs=self._prompt_logprobs(request) if position == 0 else None,
                 )
             )

@@ -11,7 +11,7 @@ from api.encoding import markers
 from api.encoding.messages import AssistantMessage, SystemMessage, ToolCall, UserMessage
 from api.encoding.render import render
 from api.parse import OutputParser
-from api.parse_events import ParserStart, StartState
+from api.parse_events import ContentDelta, Event, ParserStart, ReasoningDelta, StartState
 from tests.api.text.outputs import collect, parse_text, parse_tokens, start_of
 
 D = markers.DSML
@@ -85,6 +85,39 @@ def test_cuts_of_text_and_tokens_do_not_matter(v4, output, start, tools, finish,
     if data is not None:
         cut = data.draw(st.integers(0, len(output)))
         assert parse_text([output[:cut], output[cut:]], start, tools=tools, finish=finish) == whole
+
+
+@settings(max_examples=400, deadline=None)
+@given(output=outputs, start=starts, tools=st.booleans(), data=st.data())
+@example(output="a\n\n</think>\nb<", start=start_of(True), tools=True, data=None)
+def test_plain_steps_are_what_feeding_them_would_have_given(v4, output, start, tools, data):
+    token_ids = v4.encode(output)
+    sizes = [1] * len(token_ids) if data is None else data.draw(st.lists(st.integers(1, 3), min_size=len(token_ids)))
+    fed, quick = (OutputParser(start, tools=tools, tokenizer=v4) for _ in range(2))
+    position = 0
+    for size in sizes:
+        group = token_ids[position : position + size]
+        position += size
+        expected: list[Event] = fed.feed(group)
+        text = quick.plain(group)
+        if text:
+            assert expected == [(ReasoningDelta if quick.in_reasoning else ContentDelta)(text)]
+        else:
+            assert quick.feed(group) == expected
+        assert (quick.state, quick.reasoning_tokens) == (fed.state, fed.reasoning_tokens)
+    assert quick.finish("length") == fed.finish("length")
+
+
+def test_nearly_all_of_an_ordinary_answer_is_plain(v4):
+    token_ids = v4.encode_plain("The quick brown fox jumps over the lazy dog, and 你好 to <b>you</b> too. " * 20)
+    parser = OutputParser(start_of(False), tools=True, tokenizer=v4)
+    num_plain = 0
+    for token_id in token_ids:
+        if parser.plain([token_id]):
+            num_plain += 1
+        else:
+            parser.feed([token_id])
+    assert num_plain > 0.8 * len(token_ids)
 
 
 @settings(max_examples=300, deadline=None)
