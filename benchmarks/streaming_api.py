@@ -6,7 +6,8 @@ An engine process without a model sends one token for each stream every period, 
 that real engines use. The API process detokenises, parses, and writes one server-sent event per token; a client reads
 all streams and measures how long each token took from the engine's send to the client's receive. The API process runs
 on one core of its own where there is more than one; client and engine share the others. With the default list the last
-rows find the ceiling: a row "keeps up" when all tokens arrived in time and p99 is under one period.
+rows find the ceiling: a row "keeps up" when all tokens arrived in time and p99 is under one period. Rows of "bare" are
+the peer: a process that only writes the same bytes to as many streams, so all that it costs is event loop and kernel.
 """
 
 import argparse
@@ -15,6 +16,8 @@ import multiprocessing
 import os
 import tempfile
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -29,6 +32,7 @@ from api.app import build_app
 from api.backend import EngineInfo
 from api.settings import ApiSettings
 from api.tokenizer import Tokenizer
+from benchmarks import bare_streams
 from benchmarks.paced_engine import MAX_MODEL_LEN, Pace, added_ms, run, timing_tokenizer
 from node.engine_client import NodeEngineClient
 from node.engine_process import EngineProcess
@@ -117,11 +121,12 @@ class StreamReader(asyncio.Protocol):
             self._ended.set_result(None)
 
 
-def cpu_s(pid: int) -> float:
-    """Processor seconds a process has used."""
+def cpu_s(pid: int) -> tuple[float, float]:
+    """Processor seconds a process has used: its own, and the kernel's for it."""
     with open(f"/proc/{pid}/stat") as stat:
         fields = stat.read().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    ticks_per_s = os.sysconf("SC_CLK_TCK")
+    return int(fields[11]) / ticks_per_s, int(fields[12]) / ticks_per_s
 
 
 async def measure(address: tuple[str, int], pid: int, path: str, num_streams: int, num_tokens: int) -> dict[str, float]:
@@ -133,13 +138,14 @@ async def measure(address: tuple[str, int], pid: int, path: str, num_streams: in
     key = b'"content":"' if "chat" in path else b'"text":"'
     delays_ms: list[list[float]] = [[] for _ in range(num_streams)]
     ends = [loop.create_future() for _ in range(num_streams)]
-    begun, used = time.monotonic(), cpu_s(pid)
+    begun, (user_s, kernel_s) = time.monotonic(), cpu_s(pid)
     for delays, end in zip(delays_ms, ends, strict=True):
         await loop.create_connection(partial(StreamReader, request, key, delays, end), *address)
     started_s = time.monotonic() - begun
     async with asyncio.timeout(300):
         await asyncio.gather(*ends)
-    took_s, used_s = time.monotonic() - begun, cpu_s(pid) - used
+    took_s = time.monotonic() - begun
+    user_s, kernel_s = cpu_s(pid)[0] - user_s, cpu_s(pid)[1] - kernel_s
     # The first tokens come while connections still open, which is another load than the one in question.
     steady = sorted(delay for delays in delays_ms for delay in delays[num_tokens // 4 :])
     received = sum(map(len, delays_ms))
@@ -147,47 +153,82 @@ async def measure(address: tuple[str, int], pid: int, path: str, num_streams: in
         "streams": num_streams,
         "lost": num_streams * num_tokens - received,
         "tokens_per_s": received / (took_s - started_s / 2),
-        "cpu": used_s / took_s,
-        "us_per_token": 1e6 * used_s / received,
+        "cpu": (user_s + kernel_s) / took_s,
+        "user_us": 1e6 * user_s / received,
+        "kernel_us": 1e6 * kernel_s / received,
         "p50_ms": steady[len(steady) // 2],
         "p99_ms": steady[len(steady) * 99 // 100],
         "max_ms": steady[-1],
     }
 
 
-async def main(options: argparse.Namespace) -> None:
+@contextmanager
+def process(target: Callable[..., None], *args: Any, **options: Any) -> Iterator[tuple[tuple[str, int], int]]:
+    """A server in a process of its own, from its start to its end: its address and pid."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    server = context.Process(target=serve, args=(theirs, options.period_ms / 1000), kwargs={"one_core": True})
+    server = context.Process(target=target, args=(theirs, *args), kwargs=options)
     server.start()
     theirs.close()
-    os.sched_setaffinity(0, cores()[1])
     try:
         address = ours.recv()
         assert server.pid is not None
-        path = "/v1/chat/completions" if options.path == "chat" else "/v1/completions"
-        num_tokens = int(options.seconds * 1000 / options.period_ms)
-        print(f"{path}, one token per stream every {options.period_ms:g} ms, {num_tokens} tokens a stream, one core")
-        print(f"{'streams':>8} {'asked/s':>9} {'tokens/s':>9} {'lost':>5} {'core':>6} {'us/token':>9} {'p50 ms':>8} "
-              f"{'p99 ms':>8} {'max ms':>8}  keeps up")  # fmt: skip
-        await measure(address, server.pid, path, 8, 20)
-        for num_streams in options.streams:
-            row = await measure(address, server.pid, path, num_streams, num_tokens)
-            asked = num_streams * 1000 / options.period_ms
-            keeps_up = row["lost"] == 0 and row["p99_ms"] < options.period_ms and row["tokens_per_s"] > 0.9 * asked
-            print(f"{num_streams:8d} {asked:9.0f} {row['tokens_per_s']:9.0f} {row['lost']:5.0f} {row['cpu']:6.0%} "
-                  f"{row['us_per_token']:9.1f} {row['p50_ms']:8.2f} {row['p99_ms']:8.2f} {row['max_ms']:8.2f}  "
-                  f"{'yes' if keeps_up else 'no'}", flush=True)  # fmt: skip
+        yield address[:2], server.pid
     finally:
         ours.close()
         server.join(10)
 
 
+COLUMNS = {
+    "streams": "8.0f",
+    "tokens_per_s": "13.0f",
+    "lost": "5.0f",
+    "cpu": "5.0%",
+    "user_us": "8.1f",
+    "kernel_us": "10.1f",
+    "p50_ms": "7.2f",
+    "p99_ms": "7.2f",
+    "max_ms": "7.2f",
+}
+
+
+def show(name: str, row: dict[str, float], period_ms: float) -> None:
+    asked = row["streams"] * 1000 / period_ms
+    keeps_up = row["lost"] == 0 and row["p99_ms"] < period_ms and row["tokens_per_s"] > 0.9 * asked
+    cells = [f"{row[column]:{form}}" for column, form in COLUMNS.items()]
+    print(f"{name:>5} {' '.join(cells)}  {'yes' if keeps_up else 'no'}", flush=True)
+
+
+async def main(options: argparse.Namespace) -> None:
+    path = "/v1/chat/completions" if options.path == "chat" else "/v1/completions"
+    period_s = options.period_ms / 1000
+    num_tokens = int(options.seconds / period_s)
+    print(f"{path}, one token per stream every {options.period_ms:g} ms, {num_tokens} tokens a stream, one core")
+    heads = [f"{column:>{len(f'{0:{form}}')}}" for column, form in COLUMNS.items()]
+    print(f"{'':>5} {' '.join(heads)}  keeps up")
+    api_cores, other_cores = cores()
+    os.sched_setaffinity(0, api_cores)
+    with process(bare_streams.serve, period_s, num_tokens) as (address, pid):
+        os.sched_setaffinity(0, other_cores)
+        for num_streams in options.bare:
+            show(
+                "bare", await measure(address, pid, "/v1/chat/completions", num_streams, num_tokens), options.period_ms
+            )
+    with process(serve, period_s, one_core=True) as (address, pid):
+        await measure(address, pid, path, 8, 20)
+        for num_streams in options.streams:
+            show("api", await measure(address, pid, path, num_streams, num_tokens), options.period_ms)
+
+
+def _counts(text: str) -> list[int]:
+    return [int(number) for number in text.split(",") if number]
+
+
 def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.streaming_api", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    counts = "256,512,640,768,896,1024,1280"
-    parser.add_argument("--streams", type=lambda text: [int(n) for n in text.split(",")], default=counts)
+    parser.add_argument("--streams", type=_counts, default="256,512,640,768,896,1024")
+    parser.add_argument("--bare", type=_counts, default="512", help="numbers of streams for the peer")
     parser.add_argument("--period-ms", type=float, default=20.0)
     parser.add_argument("--seconds", type=float, default=8.0)
     parser.add_argument("--path", choices=("chat", "completions"), default="chat")
