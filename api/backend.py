@@ -41,6 +41,14 @@ class GenerationStream(Protocol):
         """The data-parallel rank that computes it."""
         ...
 
+    @property
+    def path(self) -> str:
+        """How the prompt's state came, once there is a token: "handoff", "recompute" (the hand-off failed) or "local".
+
+        Empty for a prefill leg.
+        """
+        ...
+
     def pending(self) -> Sequence[Tokens]:
         """Everything queued since the last call; empty if nothing is. Raises what ended the request, once reached."""
         ...
@@ -95,11 +103,13 @@ class TokenQueue:
     `abort` is called with the request id when the reader closes before the end.
     """
 
-    __slots__ = ("_abort", "_closed", "_ended", "_error", "_tokens", "_wake", "rank", "request_id")
+    __slots__ = ("_abort", "_closed", "_ended", "_error", "_path", "_tokens", "_wake", "rank", "request_id")
 
-    def __init__(self, request_id: str, abort: Callable[[str], None], rank: int = 0) -> None:
+    def __init__(self, request_id: str, abort: Callable[[str], None], rank: int = 0, path: str = "local") -> None:
+        """`path`: how the prompt's state comes unless `handed_over` is called before the first token."""
         self.request_id = request_id
         self.rank = rank
+        self._path = path
         self._abort = abort
         self._tokens: list[Tokens] = []
         self._error: TandemError | None = None
@@ -111,6 +121,14 @@ class TokenQueue:
     def ended(self) -> bool:
         """No more will come: finished, failed, or closed by the reader."""
         return self._ended or self._closed
+
+    @property
+    def path(self) -> str:
+        return self._path
+
+    def handed_over(self) -> None:
+        """The prompt's state arrived from another rank."""
+        self._path = "handoff"
 
     def push(self, tokens: Tokens) -> None:
         """Queue one step's tokens. Ignored after the end."""

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from aiohttp import web
 
-from runtime.errors import Overloaded, RequestError
+from runtime.errors import Overloaded, RequestError, TransferError
 
 Dialect = Literal["openai", "anthropic"]
 
@@ -49,6 +49,9 @@ class Problem:
                 self.param = error.param.partition(".")[0]
                 if not self.message.startswith(error.param):
                     self.message = f"{error.param}: {self.message}"
+        elif isinstance(error, TransferError):
+            self.message = "The prompt's state did not arrive from the prefill node; the log says why, by request id."
+            self.code = "transfer_failed"
         elif isinstance(error, Overloaded):
             self.status, self.message = 503, str(error)
             self.headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))

@@ -61,6 +61,16 @@ class Generation:
         return self._all[0].rank
 
     @property
+    def num_choices(self) -> int:
+        return len(self._all)
+
+    @property
+    def path(self) -> str:
+        """How the prompts' states came, once every choice has a token: that of the choice that fared worst."""
+        paths = {stream.path for stream in self._all}
+        return next((path for path in ("", "recompute", "handoff", "local") if path in paths), "")
+
+    @property
     def running(self) -> bool:
         """Whether a choice has not ended."""
         return bool(self._live)

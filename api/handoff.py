@@ -10,6 +10,7 @@ from typing import Literal, TypeVar
 import msgspec
 
 from api.backend import EngineInfo
+from api.sampling import check_token_ids
 from api.schema import ChatBody, KvTransferParams, SamplingBody
 from runtime.errors import RequestError
 from runtime.requests import LookUpState, ReceiveState, SendState
@@ -32,6 +33,10 @@ class Leg(msgspec.Struct, frozen=True, kw_only=True):
     bootstrap_address: str = ""
     """Set instead of `source_address` by routers that speak vLLM's protocol, with the name of one engine there."""
     engine_id: str = ""
+    generated_ids: tuple[int, ...] = ()
+    """A resumed stream: what was generated before it broke on another node."""
+    created: int | None = None
+    """The time that the stream's chunks carry, if it is resumed."""
 
     def handoff(self, choice: int, num_choices: int) -> SendState | ReceiveState | LookUpState | None:
         """What the engine is told about choice `choice`: with several, each is a transfer of its own."""
@@ -49,6 +54,15 @@ class Leg(msgspec.Struct, frozen=True, kw_only=True):
 
 def leg_of(params: KvTransferParams | None, info: EngineInfo) -> Leg:
     """Read and check the parameters against the role of this node. Raises RequestError naming the missing key."""
+    leg = _leg_of(params, info)
+    if params is None or params.resume is None:
+        return leg
+    resume = params.resume
+    check_token_ids(resume.token_ids, "kv_transfer_params", info.vocab_size)
+    return msgspec.structs.replace(leg, generated_ids=tuple(resume.token_ids), created=resume.created)
+
+
+def _leg_of(params: KvTransferParams | None, info: EngineInfo) -> Leg:
     sends = params is not None and bool(params.do_remote_decode)
     receives = params is not None and bool(params.do_remote_prefill)
     if sends and receives:
@@ -119,11 +133,12 @@ def first_token_body(body: Body) -> Body:
         min_tokens = 0
     else:
         min_tokens = body.min_tokens or 0
-    # One token is all there will be, however many the caller wants at least.
-    min_tokens = max(0, min(1, min_tokens))
+    # One token more is all there will be, however many the caller wants at least.
+    max_tokens = 1 if params is None or params.resume is None else len(params.resume.token_ids) + 1
+    min_tokens = max(0, min(max_tokens, min_tokens))
     changes = {"max_completion_tokens": None} if isinstance(body, ChatBody) else {}
     return msgspec.structs.replace(
-        body, stream=False, stream_options=None, max_tokens=1, min_tokens=min_tokens, **changes
+        body, stream=False, stream_options=None, max_tokens=max_tokens, min_tokens=min_tokens, **changes
     )
 
 

@@ -39,7 +39,7 @@ def chat_shape(prepared: PreparedChat, context: Context) -> ChatShape:
     options = body.stream_options
     return ChatShape(
         response_id=prepared.submission.response_id,
-        created=context.unix_time(),
+        created=prepared.submission.created,
         model=prepared.model,
         names=TokenNames(context.tokenizer, as_ids=bool(body.return_tokens_as_token_ids)),
         reasoning_fields=context.settings.reasoning_fields,

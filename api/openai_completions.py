@@ -58,7 +58,7 @@ async def answer(request: web.Request, body: CompletionBody, arrived: float) -> 
     )
     shape = CompletionShape(
         response_id=submission.response_id,
-        created=context.unix_time(),
+        created=submission.created,
         model=model,
         names=TokenNames(context.tokenizer, as_ids=bool(body.return_tokens_as_token_ids)),
         num_logprobs=wanted.sample,

@@ -1,7 +1,8 @@
 """Reads what the engine generates for one HTTP request: to text, counted, timed, stopped at stop strings."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Protocol
 
 from api.context import Context
@@ -24,6 +25,22 @@ class Output(Protocol):
     def feed(self, tokens: Tokens) -> Piece: ...
 
 
+class _Timer(Protocol):
+    def tokens(self, count: int, now: float) -> None: ...
+
+    def end(self, reason: str, num_prompt: int, num_cached: int) -> None: ...
+
+
+class _NoTimer:
+    """Measures nothing."""
+
+    def tokens(self, count: int, now: float) -> None:
+        pass
+
+    def end(self, reason: str, num_prompt: int, num_cached: int) -> None:
+        pass
+
+
 class Reader:
     """The choices of one request, numbered as they were submitted; `outputs` has one entry for each."""
 
@@ -43,7 +60,7 @@ class Reader:
         self._clock = asyncio.get_running_loop().time
         self._prompt_lengths = [len(submit.prompt_ids) for submit in submission.submits]
         self._outputs: list[Output | None] = list(outputs)
-        self._timers = [RequestTimer(context.metrics, rank, arrived) for _ in submission.submits]
+        self._timers: list[_Timer] = [RequestTimer(context.metrics, rank, arrived) for _ in submission.submits]
         context.metrics.observe("request_params_n", rank, submission.choices_per_prompt)
         context.metrics.observe("request_params_max_tokens", rank, submission.submits[0].sampling.max_tokens)
 
@@ -85,6 +102,15 @@ class Reader:
         """Whether the text that `plain` returned last for this choice is reasoning."""
         output = self._outputs[number]
         return output is not None and output.in_reasoning
+
+    @contextmanager
+    def unseen(self) -> Iterator[None]:
+        """Inside, what is read was generated and timed elsewhere: it counts as usage, not as this node's work."""
+        timers, self._timers = self._timers, [_NoTimer()] * len(self._timers)
+        try:
+            yield
+        finally:
+            self._timers = timers
 
     def _end(self, number: int, piece: Piece) -> None:
         assert piece.finish_reason is not None

@@ -10,8 +10,10 @@ from api.context import CONTEXT
 from api.generation import Generation
 from api.jsonio import json_response
 from api.reader import Output, Reader
-from api.sse import EventWriter, send_events
+from api.resume import CREATED_HEADER
+from api.sse import EventWriter, path_header, send_events
 from api.submission import Submission
+from runtime.requests import Submit, TokenLogprobs, Tokens
 
 
 class Response(EventWriter, Protocol):
@@ -43,13 +45,32 @@ async def respond(
         context.live.add(generation)
         try:
             response = make(reader)
+            if submission.submits[0].generated_ids:
+                _replay(submission.submits[0], reader, response)
             if stream:
-                keepalive_s = context.settings.keepalive_s
-                return await send_events(request, generation, response, keepalive_s=keepalive_s, headers=headers or {})
-            return json_response(await response.collect(), headers=headers)
+                return await send_events(
+                    request,
+                    generation,
+                    response,
+                    keepalive_s=context.settings.keepalive_s,
+                    headers={CREATED_HEADER: str(submission.created), **(headers or {})},
+                    resumed=bool(submission.submits[0].generated_ids),
+                )
+            body = await response.collect()
+            return json_response(body, headers={**(headers or {}), **path_header(generation)})
         finally:
             context.live.discard(generation)
             reader.close()
+
+
+def _replay(submit: Submit, reader: Reader, response: Response) -> None:
+    """Bring `response` to where a resumed stream broke. The client has all of that already."""
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    if submit.sampling.logprobs is not None:
+        logprobs = tuple(TokenLogprobs(token_id, 0.0, 1, (), ()) for token_id in submit.generated_ids)
+    with reader.unseen():
+        response.start()
+        response.feed([(0, Tokens(submit.request_id, submit.generated_ids, logprobs))])
 
 
 def now() -> float:

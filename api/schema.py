@@ -41,6 +41,15 @@ class StructuredOutputs(msgspec.Struct, frozen=True):
     structural_tag: dict[str, Any] | str | None = None
 
 
+class Resume(msgspec.Struct, frozen=True):
+    """A stream that broke on another node and goes on here (`api.resume`)."""
+
+    token_ids: list[int]
+    """Everything generated whose text the client has."""
+    created: int | None = None
+    """The time that its chunks carry."""
+
+
 class KvTransferParams(msgspec.Struct, frozen=True):
     """What a router adds to the two legs of one request."""
 
@@ -54,6 +63,7 @@ class KvTransferParams(msgspec.Struct, frozen=True):
     remote_bootstrap_addr: str | None = None
     remote_engine_id: str | None = None
     prompt_token_ids: list[int] | None = None
+    resume: Resume | None = None
 
 
 class SamplingBody(msgspec.Struct, frozen=True, kw_only=True):

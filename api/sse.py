@@ -13,13 +13,15 @@ from aiohttp.abc import AbstractStreamWriter
 from api.context import REQUEST_ID
 from api.errors import Problem
 from api.generation import Generation
-from runtime.errors import TandemError
+from api.resume import ASK_HEADER, ids_of, note
+from runtime.errors import RequestError, TandemError
 from runtime.requests import Tokens
 
 log = logging.getLogger(__name__)
 
 KEEP_ALIVE = b": keep-alive\n\n"
 DONE = b"data: [DONE]\n\n"
+PATH_HEADER = "X-Tandem-Path"
 MAX_UNSENT_BYTES = 64 * 1024
 """A client that leaves more than this unread gets nothing new until it has caught up."""
 
@@ -51,22 +53,37 @@ async def send_events(
     *,
     keepalive_s: float,
     headers: Mapping[str, str],
+    resumed: bool = False,
 ) -> web.StreamResponse:
-    """Stream one generation. An error before anything was sent is raised, so that it gets its own HTTP status."""
+    """Stream one generation. An error before anything was sent is raised, so that it gets its own HTTP status.
+
+    `resumed`: the writer is in the middle of a stream that began on another node.
+    """
     pulse = _Pulse(generation, keepalive_s)
     response: web.StreamResponse | None = None
+    is_noted = ASK_HEADER in request.headers
     try:
         arrived: Sequence[tuple[int, Tokens]] = ()
         while not arrived and not pulse.is_due():
             arrived = await generation.wait()
         data = writer.feed(arrived) if arrived else KEEP_ALIVE
+        if arrived and generation.num_choices == 1:
+            headers = {**headers, **path_header(generation)}
         response, body = await _open(request, headers)
-        data = writer.start() + data
+        if not resumed:
+            data = writer.start() + data
+        pump = _Pump(request, generation, writer, pulse, is_noted=is_noted)
         if generation.running:
-            await body.write(data)
+            pump.send(data, arrived)
             pulse.sent()
-            data = await _Pump(request, generation, writer, pulse).run(body.drain)
-        await response.write_eof(data + writer.end())
+            await body.drain()
+            data, arrived = await pump.run(body.drain)
+        if is_noted:
+            pump.send(data + writer.end(), arrived, last=True)
+            data = b""
+        else:
+            data += writer.end()
+        await response.write_eof(data)
     except ConnectionResetError:
         # The client went away while we wrote; the caller's scope aborts the generation.
         if response is None:
@@ -76,11 +93,21 @@ async def send_events(
             raise
         _log_failure(request, error)
         generation.close()
+        if is_noted and not isinstance(error, RequestError):
+            # Whoever asked for notes can have the rest from another node, if this one does not call it complete.
+            if request.transport is not None:
+                request.transport.abort()
+            return response
         with suppress(ConnectionResetError):
             await response.write_eof(writer.error(Problem(error)))
     finally:
         pulse.stop()
     return response
+
+
+def path_header(generation: Generation) -> dict[str, str]:
+    """How the prompt's state came, for routers and people."""
+    return {PATH_HEADER: generation.path} if generation.path else {}
 
 
 async def _open(request: web.Request, headers: Mapping[str, str]) -> tuple[web.StreamResponse, AbstractStreamWriter]:
@@ -114,7 +141,15 @@ class _Pump:
     woken at the end, for an error, and when the client reads too slowly.
     """
 
-    def __init__(self, request: web.Request, generation: Generation, writer: EventWriter, pulse: "_Pulse") -> None:
+    def __init__(
+        self,
+        request: web.Request,
+        generation: Generation,
+        writer: EventWriter,
+        pulse: "_Pulse",
+        *,
+        is_noted: bool,
+    ) -> None:
         transport = request.transport
         if transport is None:
             raise ConnectionResetError("the client is gone")
@@ -123,14 +158,33 @@ class _Pump:
         self._generation = generation
         self._writer = writer
         self._pulse = pulse
+        self._is_noted = is_noted and self._is_chunked
+        self._unnoted: list[int] = []
+        """Tokens that made no chunk: their text is held back. They are noted with the next one."""
         self._needs_care: asyncio.Future[None] | None = None
         self._is_congested = False
         self._is_over = False
         self._error: Exception | None = None
-        self._rest = b""
+        self._rest: tuple[bytes, Sequence[tuple[int, Tokens]]] = b"", ()
 
-    async def run(self, drain: Callable[[], Awaitable[None]]) -> bytes:
-        """Until every choice has ended. Returns the last frames, which are not written yet. Raises what went wrong."""
+    def send(self, data: bytes, arrived: Sequence[tuple[int, Tokens]], *, last: bool = False) -> None:
+        """Write frames as one chunk, with a note of the tokens they come from where that was asked for."""
+        if self._is_noted:
+            self._unnoted += ids_of(arrived)
+        if not data:
+            # An empty chunk would end the answer.
+            return
+        if not self._is_noted:
+            self._transport.write(b"%x\r\n%b\r\n" % (len(data), data) if self._is_chunked else data)
+            return
+        self._transport.write(b"%x%b\r\n%b\r\n" % (len(data), note(self._unnoted, last=last), data))
+        self._unnoted = []
+
+    async def run(self, drain: Callable[[], Awaitable[None]]) -> tuple[bytes, Sequence[tuple[int, Tokens]]]:
+        """Until every choice has ended. Returns the last frames, which are not written yet, and what they come from.
+
+        Raises what went wrong.
+        """
         loop = asyncio.get_running_loop()
         self._generation.listen(self._on_arrival)
         try:
@@ -161,14 +215,14 @@ class _Pump:
             self._wake()
             return
         if not self._generation.running:
-            self._rest = data
+            self._rest = data, arrived
             self._is_over = True
             self._wake()
             return
         if not arrived and self._pulse.is_due():
             data = KEEP_ALIVE
+        self.send(data, arrived)
         if data:
-            self._transport.write(b"%x\r\n%b\r\n" % (len(data), data) if self._is_chunked else data)
             self._pulse.sent()
             if self._transport.get_write_buffer_size() > MAX_UNSENT_BYTES:
                 self._is_congested = True

@@ -10,6 +10,7 @@ from api.context import Context
 from api.handoff import Leg
 from api.sampling import LogprobsWanted, bad_words, resolve_max_tokens, sampling_params
 from api.schema import SamplingBody
+from runtime.errors import RequestError
 from runtime.requests import Submit
 
 
@@ -19,6 +20,8 @@ class Submission(msgspec.Struct, frozen=True, kw_only=True):
     response_id: str
     submits: tuple[Submit, ...]
     choices_per_prompt: int
+    created: int
+    """Unix time of the request; of a resumed stream, of its beginning."""
 
     @property
     def num_prompt_tokens(self) -> list[int]:
@@ -61,6 +64,11 @@ async def build_submission(
     bad_word_ids = await asyncio.to_thread(bad_words, words, context.tokenizer) if words else ()
     choices = body.n or 1
     num_choices = len(prompts) * choices
+    if leg.generated_ids and num_choices > 1:
+        raise RequestError(f"n: a stream with {num_choices} choices cannot be resumed", param="n")
+    if leg.generated_ids and wanted.prompt is not None:
+        # They came with the first event, before the stream broke.
+        wanted = msgspec.structs.replace(wanted, prompt=None)
     # Two live requests may carry the same id; inside the engine each has its own.
     unique = f"{response_id}-{uuid.uuid4().hex[:8]}"
     submits = []
@@ -89,7 +97,13 @@ async def build_submission(
                         constraint=constraint,
                     ),
                     handoff=leg.handoff(number, num_choices),
+                    generated_ids=leg.generated_ids,
                     priority=body.priority or 0,
                 )
             )
-    return Submission(response_id=response_id, submits=tuple(submits), choices_per_prompt=choices)
+    return Submission(
+        response_id=response_id,
+        submits=tuple(submits),
+        choices_per_prompt=choices,
+        created=context.unix_time() if leg.created is None else leg.created,
+    )

@@ -23,6 +23,7 @@ from runtime.requests import (
     ReleaseTransfer,
     RequestFailed,
     ResetPrefixCache,
+    SendState,
     StepOutput,
     Submit,
 )
@@ -66,6 +67,7 @@ class NodeEngineClient:
                 f"data-parallel rank {rank} does not exist: this node has ranks 0..{len(self._engines) - 1}",
                 param="x-data-parallel-rank",
             )
+        path = "local" if request.handoff is None else "" if isinstance(request.handoff, SendState) else "recompute"
         if isinstance(request.handoff, LookUpState):
             request = msgspec.structs.replace(request, handoff=await self._look_up(request.handoff))
         if request.request_id in self._streams:
@@ -73,7 +75,7 @@ class NodeEngineClient:
         engine = self._engines[rank]
         if (reason := engine.trouble()) is not None:
             raise EngineError(f"request {request.request_id}: {reason}")
-        stream = TokenQueue(request.request_id, self._abort, rank)
+        stream = TokenQueue(request.request_id, self._abort, rank, path)
         self._streams[request.request_id] = (stream, engine)
         engine.send(request)
         return stream
@@ -133,6 +135,8 @@ class NodeEngineClient:
                 if (entry := self._streams.pop(message.request_id, None)) is not None:
                     entry[0].fail(failure(message))
             case Handover():
+                if (entry := self._streams.get(message.request_id)) is not None:
+                    entry[0].handed_over()
                 self._on_handover(message)
             case _:
                 pass

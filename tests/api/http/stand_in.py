@@ -86,11 +86,12 @@ class StandInEngine:
     ) -> None:
         sampling = request.sampling
         ids = self._ids(request, script)
+        first = len(request.generated_ids)
         if failed is not None:
             ids = ids[: self.fail_after]
         if isinstance(request.handoff, SendState):
-            ids = ids[:1]
-        position = 0
+            ids = ids[: first + 1]
+        position = first
         while position < len(ids):
             await asyncio.sleep(self.step_s)
             step = ids[position : position + self.tokens_per_step]
@@ -108,9 +109,9 @@ class StandInEngine:
                     else (),
                     finish_reason=finish,
                     stop_token_id=step[-1] if finish == "stop" and step[-1] in sampling.stop_token_ids else None,
-                    prompt_tokens=len(request.prompt_ids) if position == 0 or finish is not None else 0,
-                    cached_tokens=self.cached_tokens if position == 0 or finish is not None else 0,
-                    prompt_logprobs=self._prompt_logprobs(request) if position == 0 else None,
+                    prompt_tokens=len(request.prompt_ids) if position == first or finish is not None else 0,
+                    cached_tokens=self.cached_tokens if position == first or finish is not None else 0,
+                    prompt_logprobs=self._prompt_logprobs(request) if position == first else None,
                 )
             )
             if finish is not None:

@@ -100,7 +100,7 @@ async def test_a_failure_in_the_middle_of_a_stream_is_an_event_and_an_end(server
     frames = [data for _, data in parse_events(raw)]
     assert frames[-1] == "[DONE]"
     error = json.loads(frames[-2])["error"]
-    assert error["code"] == 500
+    assert error["code"] == "transfer_failed"
     assert b"10.0.0.1" not in raw
     assert server.engine.num_running == 0
 
