@@ -29,7 +29,9 @@ run: setup $(CHECKPOINT)/config.json
 
 test: setup-test
 	$(MAKE) --no-print-directory check
-	$(RUN) -m pytest
+	# One worker a core; what watches deadlines of several processes runs afterwards, by itself.
+	$(RUN) -m pytest --ignore tests/cluster -n 2 --dist loadfile --no-loadscope-reorder
+	$(RUN) -m pytest tests/cluster
 
 check: lint types
 

@@ -6,9 +6,9 @@ import msgspec
 import pytest
 import torch
 
-from tests.cluster.mooncake_process import Fetch, agent_for, main, next_event
-from tests.cluster.state_process import decode, model_and_pools
-from tests.cluster.test_every_length import FORMATS, prompt
+from tests.handoff.mooncake_process import Fetch, agent_for, main, next_event
+from tests.handoff.state_process import decode, model_and_pools
+from tests.handoff.test_every_length import FORMATS, prompt
 from tests.model.helpers import Request, step
 
 LENGTHS = [1, 3, 4, 5, 15, 16, 17, 127, 128, 129, 255, 256, 257, 511, 512, 513, 600, 2047, 2048, 2051, 2052]

@@ -8,7 +8,7 @@ import msgspec
 import pytest
 import torch
 
-from tests.cluster.state_process import State, decode, main, model_and_pools
+from tests.handoff.state_process import State, decode, main, model_and_pools
 from tests.model.helpers import Request, step
 
 FORMATS = {

@@ -10,7 +10,7 @@ from kv_transfer.agent_events import AgentEvent
 from kv_transfer.config import TransferConfig
 from kv_transfer.format import StateFormat
 from kv_transfer.regions import MemoryRegion
-from tests.cluster.state_process import decode, model_and_pools
+from tests.handoff.state_process import decode, model_and_pools
 from tests.model.helpers import Pools, Request
 
 
