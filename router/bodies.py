@@ -25,13 +25,16 @@ def prefill_body(request: Request, transfer: Transfer, dialect: Dialect) -> Body
         return [orjson.dumps(_one_token(request.fields, request.path) | {"kv_transfer_params": params})]
     if isinstance(min_tokens := request.fields.get("min_tokens"), int):
         params["min_tokens"] = min_tokens
+    if request.progress is not None:
+        params["resume"] = request.progress
     return request.with_members({"kv_transfer_params": params})
 
 
 def decode_body(request: Request, transfer: Transfer | None, dialect: Dialect) -> Body:
+    resume: dict[str, Any] = {} if request.progress is None else {"resume": request.progress}
     if transfer is None:
-        return request.with_members({})
-    params = {"do_remote_decode": False, "do_remote_prefill": True, "transfer_id": transfer.transfer_id}
+        return request.with_members({"kv_transfer_params": resume} if resume else {})
+    params = {"do_remote_decode": False, "do_remote_prefill": True, "transfer_id": transfer.transfer_id} | resume
     if dialect == "vllm":
         params |= {"remote_bootstrap_addr": transfer.source_address, "remote_engine_id": transfer.source_epoch}
     else:

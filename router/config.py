@@ -115,10 +115,14 @@ class DispatchConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """A request that lost its nodes waits this long for one to come up. New requests do not wait: they get 503."""
     suspect_s: float = 1.0
     """A node that did not answer gets no new work for this long while there are others."""
+    max_resumes: int = 3
+    """How often a stream that breaks in the middle is continued on another decode rank. 0: it ends with an error."""
     max_choices: int = 128
     """Bound on n times the number of prompts in one request."""
 
     def __post_init__(self) -> None:
+        if self.max_resumes < 0:
+            raise ValueError(f"requests.max_resumes={self.max_resumes}: expected 0 or more")
         _positive(self, "requests", "max_attempts", "retry_backoff_s", "wait_for_node_s", "suspect_s", "max_choices")
 
 

@@ -11,12 +11,13 @@ from router.config import RouterConfig
 from router.errors import RouteError, error_answer, error_event, refusal_event
 from router.health import Proofs
 from router.http1 import ResponseHead
-from router.legs import Leg, LegFactory
+from router.legs import LegFactory
 from router.metrics import RouterMetrics
 from router.picker import Pair, Picker
 from router.recovery import Facts, Failure, Step, decide
 from router.registry import Registry, Target
 from router.request import Request
+from router.resume import has_ended, progress_of
 from router.sink import ClientGone, Headers, Sink
 from router.transfers import Transfer, TransferTable
 from router.usage import corrected, corrected_events, usage_of
@@ -25,7 +26,16 @@ from runtime.errors import TandemError
 log = logging.getLogger(__name__)
 
 _NOT_RELAYED = frozenset(
-    (b"connection", b"keep-alive", b"transfer-encoding", b"content-length", b"server", b"date", b"x-request-id")
+    (
+        b"connection",
+        b"keep-alive",
+        b"transfer-encoding",
+        b"content-length",
+        b"server",
+        b"date",
+        b"x-request-id",
+        b"x-tandem-created",
+    )
 )
 
 
@@ -113,6 +123,7 @@ class _Job:
         self._prefill_sent_at = 0.0
         self._prefilled_at = 0.0
         self._avoid: list[Target] = []
+        self._num_resumes = 0
         self._end = "the router gave up"
 
     async def run(self) -> None:
@@ -120,14 +131,21 @@ class _Job:
         attempt = 1
         try:
             self._start(self._fixed or shared.picker.pair(request, self._turn))
-            while isinstance(outcome := await self._await_answer(), Failure):
-                await self._recover(outcome, attempt)
-                attempt += 1
-            await self._deliver(outcome)
+            while True:
+                outcome = await self._await_answer()
+                if isinstance(outcome, Failure):
+                    await self._recover(outcome, attempt)
+                    attempt += 1
+                elif await self._deliver(outcome):
+                    return
+                else:
+                    await self._resume(outcome)
+                    attempt = 1
         except TandemError as error:
             self._end = str(error)
             shared.metrics.failed(error)
             if sink.started:
+                shared.metrics.broken_streams.inc()
                 await sink.write(error_event(error, request.path))
                 await sink.finish()
             else:
@@ -258,12 +276,40 @@ class _Job:
             for listener in shared.on_load_failure:
                 listener()
             self._avoid.append(self._prefill.leg.target)
+        self._abandon(str(failure))
+        await self._start_again(attempt)
+
+    def _abandon(self, reason: str) -> None:
+        """Give up both legs and their transfer: others will replace them."""
         for answer in (self._prefill, self._decode):
             if answer is not None:
                 answer.leg.close()
-        self._end_transfer(str(failure))
+        self._end_transfer(reason)
         self._transfer = None
-        await self._start_again(attempt)
+
+    async def _resume(self, broken: Answer) -> None:
+        """Have a stream that broke in the middle continued elsewhere, or raise what ends it."""
+        shared, request, leg = self._shared, self._request, broken.leg
+        error = leg.exchange.error
+        shared.registry.suspect(leg.target.node, shared.clock() + shared.config.requests.suspect_s)
+        progress = progress_of(leg.exchange, request.progress) if request.resumable else None
+        if progress is None or self._fixed is not None or self._num_resumes >= shared.config.requests.max_resumes:
+            log.warning("request %s: the stream broke: %s", request.request_id, error)
+            raise RouteError("The decode node failed in the middle of this answer.", status=502, code="stream_broken")
+        self._num_resumes += 1
+        shared.metrics.resumes.inc()
+        log.warning(
+            "request %s: the stream broke after %d tokens: %s; continuing elsewhere (%d of %d)",
+            request.request_id,
+            len(progress.token_ids),
+            error,
+            self._num_resumes,
+            shared.config.requests.max_resumes,
+        )
+        request.progress = progress
+        self._avoid.append(leg.target)
+        self._abandon(f"the stream broke: {error}")
+        await self._start_again(attempt=1)
 
     async def _start_again(self, attempt: int) -> None:
         config = self._shared.config.requests
@@ -300,8 +346,8 @@ class _Job:
 
     # Answering
 
-    async def _deliver(self, answer: Answer) -> None:
-        """Give the client what `answer` holds, and what follows if it is a stream."""
+    async def _deliver(self, answer: Answer) -> bool:
+        """Give the client what `answer` holds, and what follows if it is a stream. False: the stream broke."""
         shared, sink = self._shared, self._sink
         status, headers = answer.head.status, self._headers(answer.head)
         if status // 100 != 2:
@@ -311,17 +357,18 @@ class _Job:
                 await sink.finish()
             else:
                 await sink.answer(status, headers, answer.data)
-            return
+            return True
         now = shared.clock()
         self._proven(answer, now)
         if not answer.streamed:
             data = answer.data if self._usage is None else corrected(answer.data, self._usage)
             await sink.answer(status, headers, data)
-            return
-        shared.metrics.ttft.observe(now - self._started_at)
+            return True
+        if not self._num_resumes:
+            shared.metrics.ttft.observe(now - self._started_at)
         if not sink.started:
             await sink.start(status, headers)
-        await self._relay(answer)
+        return await self._relay(answer)
 
     def _proven(self, answer: Answer, now: float) -> None:
         """The decode rank answered with a token: the state arrived, prefill has let go."""
@@ -347,8 +394,8 @@ class _Job:
             self._prefill.leg.let_finish(now)
             self._prefill = None
 
-    async def _relay(self, answer: Answer) -> None:
-        """Pass the stream on as it comes, in whole events."""
+    async def _relay(self, answer: Answer) -> bool:
+        """Pass the stream on as it comes, in whole events. False: it broke before its end."""
         leg, sink = answer.leg, self._sink
         exchange, events, usage = leg.exchange, WholeEvents(), self._usage
 
@@ -375,10 +422,10 @@ class _Job:
                 if whole := cut(data):
                     await sink.write(whole)
                 leg.expect_more(self._shared.clock())
-            elif exchange.complete:
+            elif exchange.complete or (exchange.error is not None and has_ended(exchange)):
                 break
             elif exchange.error is not None:
-                raise self._broken(leg)
+                return False
             else:
                 await self._wake.wait()
             data = exchange.take()
@@ -388,15 +435,7 @@ class _Job:
         if rest := events.rest():
             await sink.write(rest)
         await sink.finish()
-
-    def _broken(self, leg: Leg) -> RouteError:
-        """A stream that stopped in the middle. This is where continuing it on another rank would begin."""
-        error = leg.exchange.error
-        log.warning("request %s: the stream broke: %s", self._request.request_id, error)
-        self._shared.metrics.broken_streams.inc()
-        shared = self._shared
-        shared.registry.suspect(leg.target.node, shared.clock() + shared.config.requests.suspect_s)
-        return RouteError("The decode node failed in the middle of this answer.", status=502, code="stream_broken")
+        return True
 
     def _headers(self, head: ResponseHead) -> Headers:
         """What of the node's headers is the client's business."""

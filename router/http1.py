@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 MAX_HEAD_BYTES = 64 * 1024
 MAX_CHUNK_LINE_BYTES = 4096
+MAX_NOTED_CHUNK_BYTES = 64 * 2**20
+"""A chunk with an extension waits in memory until it is whole."""
 _HEX = b"0123456789abcdefABCDEF"
 
 Headers = tuple[tuple[bytes, bytes], ...]
@@ -82,10 +84,10 @@ class ResponseParser:
     """One response after another on one connection.
 
     `feed` returns the pieces of body it found; `head` is set once known, `done` once the response is complete.
-    `begin` starts the next one.
+    `begin` starts the next one. Chunks with an extension are returned whole, and `notes` holds their extensions.
     """
 
-    __slots__ = ("_after_data", "_buffer", "_in_trailers", "_left", "done", "head")
+    __slots__ = ("_after_data", "_buffer", "_in_trailers", "_left", "done", "head", "notes")
 
     def __init__(self) -> None:
         self._buffer = b""
@@ -95,6 +97,8 @@ class ResponseParser:
         """Expect a new response. Bytes beyond the end of the last one are kept and mean trouble: see `leftover`."""
         self.head: ResponseHead | None = None
         self.done = False
+        self.notes = bytearray()
+        """The extensions (`;name=value`) of all chunks returned so far, one after the other."""
         self._left = 0
         self._after_data = False
         self._in_trailers = False
@@ -169,15 +173,23 @@ class ResponseParser:
                     raise ProtocolError("a chunk size line without end")
                 break
             line = data[at:eol]
-            at = eol + 2
+            begin, at = at, eol + 2
             if self._in_trailers:
                 self.done = not line
                 continue
-            digits = line.partition(b";")[0].rstrip(b" \t")
+            digits, _, extension = line.partition(b";")
+            digits = digits.rstrip(b" \t")
             # int() alone would take signs, underscores, spaces and 0x.
             self._left = int(digits, 16) if digits and not digits.strip(_HEX) else -1
             if self._left < 0:
                 raise ProtocolError(f"chunk size {line[:40]!r}")
+            if extension:
+                if self._left > MAX_NOTED_CHUNK_BYTES:
+                    raise ProtocolError(f"a chunk of {self._left} bytes with an extension")
+                if size - at < self._left + 2:
+                    self._left, at = 0, begin
+                    break
+                self.notes += b";" + extension
             self._in_trailers = self._left == 0
         self._buffer = data[at:]
         return pieces

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Literal
 
+from api.resume import ASK_HEADER
 from router.bodies import Body, decode_body, prefill_body
 from router.config import DeadlineConfig
 from router.registry import Target
@@ -10,6 +11,7 @@ from router.request import Request
 from router.transfers import Transfer
 from router.upstream import Exchange, Upstream
 
+ASK_NOTES = f"{ASK_HEADER.lower()}: 1\r\n"
 FORWARDED_HEADERS = ("authorization", "x-api-key", "traceparent", "tracestate", "anthropic-version", "anthropic-beta")
 """What a client's request carries over to both nodes besides its body and id."""
 
@@ -107,7 +109,8 @@ class LegFactory:
         if transfer is not None:
             transfer.decodes.append(target)
         body = decode_body(request, transfer, target.node.info.dialect)
-        leg = self._start("decode", target, request, body, wake)
+        asks_notes = request.resumable and target.node.info.dialect == "tandem"
+        leg = self._start("decode", target, request, body, wake, ASK_NOTES if asks_notes else "")
         limit_s = self._deadlines.first_byte_s
         leg.exchange.expire_at(self._clock() + limit_s, f"no byte of the answer within {limit_s:g} s")
         return leg
@@ -119,12 +122,13 @@ class LegFactory:
         request: Request,
         body: Body,
         wake: Callable[[], None],
+        more_headers: str = "",
     ) -> Leg:
         origin = self._upstream.origin(target.node.info.url)
-        head = self._head(request, origin.name, sum(map(len, body)), target)
+        head = self._head(request, origin.name, sum(map(len, body)), target, more_headers)
         return Leg(kind, target, origin.start(head, body, wake), request.num_tokens, self._deadlines)
 
-    def _head(self, request: Request, host: str, length: int, target: Target) -> bytes:
+    def _head(self, request: Request, host: str, length: int, target: Target, more_headers: str) -> bytes:
         """The request head for one rank."""
         headers = request.headers
         forwarded = "".join(f"{name}: {headers[name]}\r\n" for name in FORWARDED_HEADERS if name in headers)
@@ -135,5 +139,5 @@ class LegFactory:
         return (
             f"POST {request.path} HTTP/1.1\r\nhost: {host}\r\ncontent-type: application/json\r\n"
             f"content-length: {length}\r\nx-request-id: {request.request_id}\r\n"
-            f"{rank}{forwarded}\r\n"
+            f"{rank}{more_headers}{forwarded}\r\n"
         ).encode("latin-1")

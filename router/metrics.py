@@ -33,6 +33,7 @@ class RouterMetrics:
         self.failures = counter("failures", "Requests that ended with an error of the router's, by code", "code")
         self.disconnects = counter("client_disconnects", "Requests whose client left before the end")
         self.broken_streams = counter("broken_streams", "Streams that ended with an error event in the middle")
+        self.resumes = counter("resumes", "Streams that broke in the middle and were continued on another rank")
         self._ways = counter("path", "Good answers by the way their state took: handoff, local, recompute", "path")
         self.ways = {way: self._ways.labels(way.decode()) for way in (b"handoff", b"local", b"recompute")}
         self.canaries = counter("canaries", "Requests of the router's own, by outcome", "outcome")

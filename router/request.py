@@ -7,6 +7,7 @@ from typing import Any
 import orjson
 
 from api.body import syntax_error
+from router.resume import Progress, may_resume
 from runtime.errors import RequestError
 
 _numbers = itertools.count(1)
@@ -22,7 +23,19 @@ class Request:
     the last of several members of one name counts, for orjson and msgspec alike, so a long prompt is never rewritten.
     """
 
-    __slots__ = ("choices", "fields", "headers", "num_tokens", "number", "path", "raw", "request_id", "stream")
+    __slots__ = (
+        "choices",
+        "fields",
+        "headers",
+        "num_tokens",
+        "number",
+        "path",
+        "progress",
+        "raw",
+        "request_id",
+        "resumable",
+        "stream",
+    )
 
     def __init__(self, path: str, headers: Mapping[str, str], raw: bytes, request_id: str, *, max_choices: int) -> None:
         """`headers` has lower-case names. Raises RequestError when the body is not a JSON object."""
@@ -47,6 +60,9 @@ class Request:
         self.choices = _count_choices(fields, max_choices)
         self.num_tokens = _count_tokens(fields, len(raw))
         """Prompt tokens: exact for token ids, otherwise estimated from the size of the body."""
+        self.resumable = may_resume(self)
+        self.progress: Progress | None = None
+        """Of a stream that broke: what the client has. The next legs go on from there."""
 
     def with_members(self, members: Mapping[str, Any]) -> list[bytes | memoryview]:
         """The body with `members` set, in pieces."""

@@ -62,6 +62,7 @@ class Exchange:
         "error",
         "head",
         "heard_at",
+        "notes",
         "on_change",
     )
 
@@ -73,6 +74,8 @@ class Exchange:
         self._size = 0
         self.on_change = on_change
         self.head: ResponseHead | None = None
+        self.notes = bytearray()
+        """Extensions of the chunks that came (`ResponseParser.notes`)."""
         self.complete = False
         """The whole response has arrived (its last pieces may still wait to be taken)."""
         self.error: UpstreamError | None = None
@@ -181,6 +184,7 @@ class _Connection(asyncio.Protocol):
         self._exchange = exchange
         exchange._connection = self
         self._parser.begin()
+        exchange.notes = self._parser.notes
         self._transport.writelines(parts)
 
     def data_received(self, data: bytes) -> None:

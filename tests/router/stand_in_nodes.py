@@ -38,6 +38,8 @@ class Fault(enum.Enum):
     """Closes the connection without an answer."""
     CLOSE_IN_STREAM = "close_in_stream"
     """Closes it after half of the events, in the middle of one."""
+    CLOSE_AFTER_STREAM = "close_after_stream"
+    """Closes it after the last event, without the mark that ends the body."""
     ERROR_EVENT = "error_event"
     """Answers 200 and then an error as the first event."""
     LOSE_STATE = "lose_state"
@@ -99,7 +101,9 @@ class StandInNode:
         token_s: float = 0.0,
         claim_wait_s: float = 5.0,
         keepalive_s: float = 15.0,
+        notes: bool = False,
     ) -> None:
+        """`notes`: a decode node tells a router that asks which token each chunk brings; word n is token n."""
         self.world = world
         self.role = role
         self.node_id = node_id or f"{role}-{secrets.token_hex(3)}"
@@ -109,6 +113,7 @@ class StandInNode:
         self.token_s = token_s
         self.claim_wait_s = claim_wait_s
         self.keepalive_s = keepalive_s
+        self.notes = notes
         self.faults: collections.deque[Fault] = collections.deque()
         self.seen: list[tuple[dict[str, str], dict[str, Any]]] = []
         """Headers (lower case) and body of every request to generate."""
@@ -350,17 +355,36 @@ class StandInNode:
             return stream
         first = stream is None
         stream = stream or await self._open(request, path)
-        for index, word in enumerate(words):
-            if fault is Fault.CLOSE_IN_STREAM and index == max(1, count // 2):
-                await stream.write(b'data: {"half')
+        notes = self.notes and "x-tandem-resumable" in headers
+        transport = request.transport
+        assert transport is not None
+
+        async def write(data: bytes, note: str) -> None:
+            if notes:
+                transport.write(b"%x%b\r\n%b\r\n" % (len(data), note.encode(), data))
+            else:
+                await stream.write(data)
+
+        resumed = len((params.get("resume") or {}).get("token_ids", ()))
+        for index, word in enumerate(words[resumed:], start=resumed):
+            if fault is Fault.CLOSE_IN_STREAM and index == max(resumed + 1, count // 2):
+                if notes:
+                    transport.write(b'20;t=%d\r\ndata: {"whole":1}\n\ndata: {"half' % index)
+                else:
+                    await stream.write(b'data: {"half')
                 await asyncio.sleep(0.01)
-                assert request.transport is not None
-                request.transport.abort()
+                transport.abort()
                 return stream
-            await stream.write(_event(body, word, role=first and index == 0))
+            await write(_event(body, word, role=first and index == 0), f";t={index}")
             if self.token_s:
                 await asyncio.sleep(self.token_s)
-        await stream.write(b"data: " + orjson.dumps({"choices": [], "usage": usage}) + b"\n\ndata: [DONE]\n\n")
+        await write(
+            b"data: " + orjson.dumps({"choices": [], "usage": usage}) + b"\n\ndata: [DONE]\n\n",
+            ";end",
+        )
+        if fault is Fault.CLOSE_AFTER_STREAM:
+            await asyncio.sleep(0.01)
+            transport.abort()
         return stream
 
     async def _claim(self, params: dict[str, Any], body: dict[str, Any]) -> int:

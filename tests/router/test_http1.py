@@ -108,3 +108,40 @@ def test_surplus_bytes_are_noticed():
 def test_what_is_not_http_is_an_error(data):
     with pytest.raises(ProtocolError):
         parse([data])
+
+
+def noted(*chunks: tuple[bytes, bytes]) -> bytes:
+    body = b"".join(b"%x%b\r\n%b\r\n" % (len(data), note, data) for note, data in chunks)
+    return b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n" + body + b"0\r\n\r\n"
+
+
+def test_chunks_with_an_extension_come_whole_and_their_extensions_are_kept():
+    stream = noted((b";t=1", b"one"), (b"", b"plain"), (b";t=2.3", b"two and three"), (b" ;end", b"last"))
+    for step in range(1, len(stream)):
+        parser = ResponseParser()
+        seen: list[bytes] = []
+        for at in range(0, len(stream), step):
+            for piece in parser.feed(stream[at : at + step]):
+                seen.append(piece)
+                done = b"".join(seen)
+                assert parser.notes.startswith(b";t=1")
+                assert (b";t=2.3" in parser.notes) >= (b"two" in done)
+        assert parser.done
+        assert b"".join(seen) == b"oneplaintwo and threelast"
+        assert {b"one", b"two and three", b"last"} <= set(seen)
+        assert bytes(parser.notes) == b";t=1;t=2.3;end"
+        assert not parser.leftover
+
+
+def test_a_chunk_with_an_extension_that_breaks_off_is_not_seen_at_all():
+    stream = noted((b";t=1", b"one"), (b";t=2", b"two"))
+    for end in range(len(stream)):
+        parser = ResponseParser()
+        seen = b"".join(parser.feed(stream[:end]))
+        assert (seen, bytes(parser.notes)) in ((b"", b""), (b"one", b";t=1"), (b"onetwo", b";t=1;t=2"))
+
+
+def test_a_huge_chunk_with_an_extension_is_refused_before_it_is_collected():
+    parser = ResponseParser()
+    with pytest.raises(ProtocolError, match="extension"):
+        parser.feed(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n7fffffff;t=1\r\nabc")

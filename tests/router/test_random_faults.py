@@ -3,6 +3,7 @@
 import asyncio
 import collections
 import random
+import re
 
 import aiohttp
 import pytest
@@ -39,7 +40,12 @@ async def one_request(it: Cluster, rng: random.Random) -> str:
         return str(response.status)
     if stream:
         assert data.endswith(b"data: [DONE]\n\n"), data[-200:]
-        return "stream broken" if b"stream_broken" in data else "stream"
+        if b'"error"' in data:
+            return "stream broken"
+        if isinstance(body["prompt"], str) and body["n"] == 1:
+            words = re.findall(rb'"text":"w(\d+) "', data)
+            assert [int(word) for word in words] == list(range(body["max_tokens"])), data
+        return "stream"
     assert data.startswith(b"{")
     return "json"
 
@@ -66,7 +72,8 @@ async def mischief(it: Cluster, rng: random.Random) -> None:
 async def test_nothing_hangs_and_nothing_is_left_behind(seed, dispatch):
     rng = random.Random(f"{seed} {dispatch}")
     config = settings(requests={"dispatch": dispatch, "max_attempts": 4})
-    make = pairs_of(2, 3, ranks=2, work_s=0.004, token_s=0.001, claim_wait_s=0.3, keepalive_s=0.02)
+    timing = {"work_s": 0.004, "token_s": 0.001, "claim_wait_s": 0.3, "keepalive_s": 0.02}
+    make = pairs_of(2, 3, ranks=2, notes=seed > 1, **timing)
     async with cluster(make, config) as it:
         troubles = asyncio.create_task(mischief(it, rng))
         ends: collections.Counter[str] = collections.Counter()
