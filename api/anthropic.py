@@ -8,12 +8,17 @@ from api.anthropic_schema import CountBody, MessagesBody
 from api.body import decode
 from api.chat_request import chat_outputs, check_chat, prepare_chat, render
 from api.context import CONTEXT, REQUEST_ID
-from api.errors import renamed_fields
+from api.field_names import renamed_fields
 from api.jsonio import json_response
 from api.prompts import encode_rendered
 from api.respond import now, respond
 
-FIELD_NAMES = {"reasoning_effort": "output_config", "response_format": "output_config", "stop": "stop_sequences"}
+FIELD_NAMES = {
+    "reasoning_effort": "output_config.effort",
+    "response_format.json_schema": "output_config.format",
+    "response_format": "output_config.format",
+    "stop": "stop_sequences",
+}
 """A chat's fields as callers of this API know them."""
 
 
@@ -23,8 +28,9 @@ async def messages(request: web.Request) -> web.StreamResponse:
     arrived = now()
     body = decode(await request.read(), MessagesBody)
     with context.limiter.slot():
-        with renamed_fields(FIELD_NAMES):
-            prepared = await prepare_chat(request, to_chat(body), response_id=f"msg_{request[REQUEST_ID]}")
+        chat, places = to_chat(body)
+        with renamed_fields(FIELD_NAMES, places):
+            prepared = await prepare_chat(request, chat, response_id=f"msg_{request[REQUEST_ID]}")
         shape = MessagesShape(
             response_id=prepared.submission.response_id,
             model=prepared.model,
@@ -44,9 +50,9 @@ async def messages(request: web.Request) -> web.StreamResponse:
 async def count_tokens(request: web.Request) -> web.Response:
     """How many tokens the prompt of these messages has."""
     context = request.app[CONTEXT]
-    chat = to_chat(decode(await request.read(), CountBody))
+    chat, places = to_chat(decode(await request.read(), CountBody))
     context.model_of(chat.model)
-    with renamed_fields(FIELD_NAMES):
+    with renamed_fields(FIELD_NAMES, places):
         check_chat(chat, context)
         ids = await encode_rendered(context, render(chat, context), chat)
     return json_response({"input_tokens": len(ids)})

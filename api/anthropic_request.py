@@ -32,15 +32,21 @@ MIN_BUDGET_TOKENS = 1024
 _BILLING_LINE = "x-anthropic-billing-header:"
 """Coding agents put a line with this name into the system text. It changes with every request and would make each
 prompt a new one for the prefix cache."""
+_REMINDER = "<system-reminder>\n{}\n</system-reminder>"
+"""What the system says in the middle of a conversation stays there, in a user turn, as coding agents write it: moved to
+the front it would make the whole prompt a new one for the prefix cache."""
 
 
-def to_chat(body: CountBody) -> ChatBody:
-    """Raises RequestError naming the Anthropic field."""
+def to_chat(body: CountBody) -> tuple[ChatBody, list[str]]:
+    """The chat, and for each of its messages the part of the body that it came from.
+
+    Raises RequestError naming the Anthropic field.
+    """
     _check(body)
-    messages = [
-        *_system(body.system),
-        *(m for index, message in enumerate(body.messages) for m in _turn(message, index)),
-    ]
+    placed = [("system", message) for message in _system(body.system)]
+    for index, turn in enumerate(body.messages):
+        placed += [(f"messages.{index}", message) for message in _turn(turn, index)]
+    messages, places = [message for _, message in placed], [place for place, _ in placed]
     continues = body.messages[-1].role == "assistant"
     chat = ChatBody(
         model=body.model,
@@ -56,8 +62,8 @@ def to_chat(body: CountBody) -> ChatBody:
         add_generation_prompt=False if continues else None,
     )
     if not isinstance(body, MessagesBody):
-        return chat
-    return msgspec.structs.replace(
+        return chat, places
+    chat = msgspec.structs.replace(
         chat,
         max_tokens=body.max_tokens,
         stop=body.stop_sequences,
@@ -68,11 +74,16 @@ def to_chat(body: CountBody) -> ChatBody:
         top_k=body.top_k,
         kv_transfer_params=body.kv_transfer_params,
     )
+    return chat, places
 
 
 def _check(body: CountBody) -> None:
     if not body.messages:
         raise RequestError("messages: at least one message is required", param="messages")
+    for index, message in enumerate(body.messages):
+        if message.content == []:
+            where = f"messages.{index}.content"
+            raise RequestError(f"{where}: must not be empty", param=where)
     thinking = body.thinking
     if thinking is None or thinking.type != "enabled" or thinking.budget_tokens is None:
         return
@@ -102,15 +113,15 @@ def _turn(message: Message, index: int) -> Iterator[dict[str, Any]]:
     texts: list[str] = []
     for place, block in enumerate(blocks):
         if isinstance(block, TextBlock):
-            texts.append(block.text)
-        elif isinstance(block, ToolResultBlock):
+            texts.append(_REMINDER.format(block.text) if message.role == "system" else block.text)
+        elif isinstance(block, ToolResultBlock) and message.role == "user":
             if texts:
                 yield {"role": "user", "content": "\n\n".join(texts)}
                 texts = []
             yield {"role": "tool", "tool_call_id": block.tool_use_id, "content": _result_text(block)}
         else:
             raise _misplaced(index, place)
-    if texts or not blocks:
+    if texts:
         yield {"role": "user", "content": "\n\n".join(texts)}
 
 

@@ -5,7 +5,18 @@ import logging
 from aiohttp import web
 from prometheus_client import CollectorRegistry
 
-from api import admin, anthropic, openai_chat, openai_completions, openapi, probes, responses, token_generate, tokenize
+from api import (
+    admin,
+    anthropic,
+    openai_chat,
+    openai_completions,
+    openapi,
+    probes,
+    responses,
+    responses_stored,
+    token_generate,
+    tokenize,
+)
 from api.auth import ApiKeys
 from api.backend import EngineClient
 from api.context import CONTEXT, Context
@@ -61,17 +72,20 @@ def add_routes(app: web.Application) -> None:
         ("/openapi.json", openapi.openapi),
         ("/v1/models", probes.models),
         ("/v1/models/{model:.+}", probes.model),
+        ("/v1/responses/{response_id}", responses_stored.get_response),
+        ("/v1/responses/{response_id}/input_items", responses_stored.list_input_items),
+        ("/v1/responses/{response_id}/conversation", responses_stored.conversation),
     ):
         router.add_get(path, probe)
-    router.add_get("/v1/responses/{response_id}", responses.get_response)
-    router.add_delete("/v1/responses/{response_id}", responses.delete_response)
+    router.add_delete("/v1/responses/{response_id}", responses_stored.delete_response)
     for path, handler in (
         ("/ping", probes.health),
         ("/v1/chat/completions", openai_chat.chat_completions),
         ("/v1/completions", openai_completions.completions),
         ("/inference/v1/generate", token_generate.generate),
         ("/v1/responses", responses.responses),
-        ("/v1/responses/{response_id}/cancel", responses.cancel_response),
+        ("/v1/responses/input_tokens", responses.input_tokens),
+        ("/v1/responses/{response_id}/cancel", responses_stored.cancel_response),
         ("/v1/messages", anthropic.messages),
         ("/v1/messages/count_tokens", anthropic.count_tokens),
         ("/v1/chat/completions/render", tokenize.render_chat_prompt),

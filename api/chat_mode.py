@@ -40,7 +40,7 @@ def resolve_mode(
     """
     kwargs = template_kwargs or {}
     effort = _effort_name(kwargs.get("reasoning_effort") if reasoning_effort is None else reasoning_effort)
-    switches = [_switch(kwargs, key) for key in ("thinking", "enable_thinking")]
+    switches = [template_switch(kwargs, key) for key in ("thinking", "enable_thinking")]
     if effort == "none":
         thinks = False
     elif any(switch is not None for switch in switches):
@@ -61,7 +61,8 @@ def _effort_name(value: object) -> str | None:
     raise RequestError(f"reasoning_effort: must be one of {', '.join(EFFORT_NAMES)}", param="reasoning_effort")
 
 
-def _switch(kwargs: Mapping[str, Any], key: str) -> bool | None:
+def template_switch(kwargs: Mapping[str, Any], key: str) -> bool | None:
+    """A switch in `chat_template_kwargs`. Raises RequestError for what is no boolean."""
     value = kwargs.get(key)
     if value is None or isinstance(value, bool):
         return value

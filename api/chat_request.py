@@ -7,7 +7,7 @@ from aiohttp import web
 
 from api.chat import ChatRequest, NamedTool, RenderedPrompt, Tool, ToolChoice, render_chat
 from api.chat_messages import parse_messages
-from api.chat_mode import Mode, resolve_mode
+from api.chat_mode import Mode, resolve_mode, template_switch
 from api.chat_output import ChatOutput
 from api.constraints import chat_constraint, check_formats, format_text_of
 from api.context import CONTEXT, Context
@@ -113,6 +113,7 @@ def render(body: ChatBody, context: Context) -> RenderedPrompt:
             format_text=format_text_of(body.response_format),
             continue_final=bool(body.continue_final_message),
             generation=body.add_generation_prompt is not False,
+            drop_reasoning=template_switch(body.chat_template_kwargs or {}, "drop_thinking") is not False,
         )
     )
 

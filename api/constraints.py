@@ -6,6 +6,7 @@ from typing import Any
 from api.chat import RenderedPrompt
 from api.context import Context
 from api.encoding.blocks import JSON_OBJECT_TEXT, schema_format_text
+from api.encoding.markers import THINK_CLOSE
 from api.grammar_formats import (
     Format,
     choice_format,
@@ -17,6 +18,9 @@ from api.grammar_formats import (
 from api.grammar_tags import structural_tag_format
 from api.schema import ChatBody, ResponseFormat, SamplingBody
 from runtime.errors import RequestError
+
+UNLIMITED = -1
+"""A `thinking_token_budget` without a bound."""
 
 _STRUCTURED: dict[str, Callable[[Any, str], Format]] = {
     "json": json_schema_format,
@@ -102,11 +106,30 @@ def format_text_of(response_format: ResponseFormat | None) -> str:
 async def chat_constraint(context: Context, body: ChatBody, rendered: RenderedPrompt) -> bytes | None:
     """The grammar of a chat's answer, after its reasoning; None when anything goes."""
     answer, param = answer_format(body)
-    single = body.parallel_tool_calls is False
-    return await context.grammars.for_chat(rendered, answer, param, single_call=single)
+    return await context.grammars.for_chat(
+        rendered,
+        answer,
+        param,
+        single_call=body.parallel_tool_calls is False,
+        thinking_budget=_thinking_budget(context, body),
+    )
+
+
+def _thinking_budget(context: Context, body: ChatBody) -> int | None:
+    """How many tokens the reasoning may have, None without a bound. Raises RequestError if nothing could end it."""
+    if body.thinking_token_budget in (None, UNLIMITED):
+        return None
+    end_id = context.tokenizer.id_of(THINK_CLOSE)
+    if body.allowed_token_ids is not None and end_id not in body.allowed_token_ids:
+        param = "thinking_token_budget"
+        raise RequestError(f"{param}: needs token {end_id}, which ends the reasoning, to be allowed", param=param)
+    return body.thinking_token_budget
 
 
 async def completion_constraint(context: Context, body: SamplingBody) -> bytes | None:
     """The grammar of a completion; None when anything goes."""
+    if body.thinking_token_budget not in (None, UNLIMITED):
+        param = "thinking_token_budget"
+        raise RequestError(f"{param}: only a chat has reasoning to bound", param=param)
     answer, param = answer_format(body)
     return None if answer is None else await context.grammars.for_text(answer, param)

@@ -1,8 +1,6 @@
 """Errors to the wire, in one place: HTTP status, and a body in OpenAI's or Anthropic's shape."""
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any, Literal
 
 from aiohttp import web
@@ -78,22 +76,6 @@ class Problem:
         kind = _OPENAI_TYPES.get(self.status, default)
         code = self.code if self.code is not None else self.status
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": code}}
-
-
-@contextmanager
-def renamed_fields(names: Mapping[str, str]) -> Iterator[None]:
-    """Inside, errors that name a chat's field come out naming the field that the caller wrote."""
-    try:
-        yield
-    except RequestError as error:
-        field, dot, rest = (error.param or "").partition(".")
-        if field not in names:
-            raise
-        renamed = names[field] + dot + rest
-        message = str(error)
-        if message.startswith(field):
-            message = names[field] + message[len(field) :]
-        raise RequestError(message, param=renamed, status=error.status, code=error.code) from None
 
 
 def dialect_of(path: str) -> Dialect:

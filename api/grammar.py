@@ -25,9 +25,12 @@ _encoder = msgspec.msgpack.Encoder()
 
 
 class Constraint(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """`grammar` is llguidance's JSON form and describes the answer, from its first token to its end."""
+    """`grammar` is llguidance's JSON form and describes the answer, from its first token to its end.
 
-    grammar: str
+    Empty: the answer is free, and only `thinking_budget` binds.
+    """
+
+    grammar: str = ""
     after_reasoning: bool = False
     """The output begins inside the reasoning, which is free; the grammar binds from `</think>` on."""
     only_calls: bool = False
@@ -36,6 +39,8 @@ class Constraint(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The grammar knows tool calls, so a tool tag inside the reasoning ends it."""
     prefix: str = ""
     """The beginning of the answer that the prompt already holds."""
+    thinking_budget: int | None = None
+    """Tokens that the reasoning may have; after them comes `</think>`."""
 
 
 def encode_constraint(constraint: Constraint) -> bytes:

@@ -40,13 +40,16 @@ class GrammarMatchers:
             constraint = _decoder.decode(spec)
         except msgspec.DecodeError as error:
             raise RequestError(f"not a constraint: {error}") from error
+        return GrammarMatcher(constraint, self._vocabulary, self._grammar(constraint) if constraint.grammar else None)
+
+    def _grammar(self, constraint: Constraint) -> "Future[LLMatcher]":
         key = (constraint.grammar, constraint.prefix)
         compiled = self._compiled.get(key)
         if compiled is None:
             compiled = self._compiled[key] = self._thread.submit(self._compile, constraint)
             if len(self._compiled) > REMEMBERED:
                 self._compiled.popitem(last=False)
-        return GrammarMatcher(constraint, self._vocabulary, compiled)
+        return compiled
 
     def close(self) -> None:
         self._thread.shutdown(wait=False, cancel_futures=True)
@@ -81,14 +84,17 @@ class GrammarMatcher:
     """Free while the output is in a part that the grammar does not bind, then as strict as the grammar."""
 
     def __init__(
-        self, constraint: Constraint, vocabulary: "Future[_Vocabulary]", compiled: "Future[LLMatcher]"
+        self, constraint: Constraint, vocabulary: "Future[_Vocabulary]", compiled: "Future[LLMatcher] | None"
     ) -> None:
+        """`compiled` is None where the constraint has no grammar."""
         self._constraint = constraint
         self._vocabulary = vocabulary
         self._compiled = compiled
         self._matcher: LLMatcher | None = None
         """Set once the grammar binds."""
         self._in_reasoning = constraint.after_reasoning
+        self._num_reasoning = 0
+        """Tokens of the reasoning so far."""
         self._last_id = -1
         self.is_done = False
         """Nothing may follow any more."""
@@ -98,9 +104,12 @@ class GrammarMatcher:
         matcher = self._binding()
         row.fill(0)
         vocabulary = self._vocabulary.result(COMPILE_TIMEOUT_S)
+        if self._is_spent:
+            _set_bit(row, vocabulary.think_close_id)
+            return
         if matcher is None:
             _set_first_bits(row, vocabulary.tokenizer.vocab_size)
-            if self._in_reasoning:
+            if self._in_reasoning and self._compiled is not None:
                 _clear_bit(row, vocabulary.eos_id)  # there would be no answer to bind
             return
         num_bytes = 4 * -(-vocabulary.tokenizer.vocab_size // 32)
@@ -111,6 +120,9 @@ class GrammarMatcher:
         vocabulary = self._vocabulary.result(COMPILE_TIMEOUT_S)
         matcher = self._binding()
         last_id, self._last_id = self._last_id, token_id
+        if self._is_spent and token_id != vocabulary.think_close_id:
+            raise RequestError(f"token {token_id} comes after the last of {self._num_reasoning} tokens of reasoning")
+        self._num_reasoning += self._in_reasoning
         if matcher is not None:
             if token_id == vocabulary.eos_id and matcher.is_accepting():
                 self.is_done = True
@@ -123,13 +135,22 @@ class GrammarMatcher:
         elif token_id == vocabulary.dsml_id and self._constraint.allows_calls:
             if vocabulary.tokenizer.token_bytes(last_id).endswith(b"<"):
                 self._in_reasoning = False
-                self._matcher = self._compiled.result(COMPILE_TIMEOUT_S).deep_copy()
-                self._matcher.consume_tokens([*vocabulary.before_tag, token_id])
+                if self._compiled is not None:
+                    self._matcher = self._compiled.result(COMPILE_TIMEOUT_S).deep_copy()
+                    self._matcher.consume_tokens([*vocabulary.before_tag, token_id])
         elif token_id == vocabulary.eos_id:
             self.is_done = True
 
+    @property
+    def _is_spent(self) -> bool:
+        """Whether the reasoning has used up its budget and has not ended."""
+        budget = self._constraint.thinking_budget
+        return self._in_reasoning and budget is not None and self._num_reasoning >= budget
+
     def _binding(self) -> LLMatcher | None:
         """The grammar's state, None while the output is free."""
+        if self._compiled is None:
+            return None
         if self._matcher is None and not self._in_reasoning and not self._constraint.only_calls:
             self._matcher = self._compiled.result(COMPILE_TIMEOUT_S).deep_copy()
         return self._matcher
@@ -140,6 +161,10 @@ def _set_first_bits(row: NDArray[np.int32], count: int) -> None:
     row[:words] = -1
     if bits and words < len(row):
         row[words] = (1 << bits) - 1
+
+
+def _set_bit(row: NDArray[np.int32], bit: int) -> None:
+    row.view(np.uint32)[bit // 32] |= np.uint32(1 << (bit % 32))
 
 
 def _clear_bit(row: NDArray[np.int32], bit: int) -> None:

@@ -2,10 +2,11 @@
 
 import json
 from collections.abc import Sequence
+from functools import partial
 
 from api.chat import RenderedPrompt, Tool
 from api.encoding import markers
-from api.grammar import Constraint, GrammarChecker
+from api.grammar import Constraint, GrammarChecker, encode_constraint
 from api.grammar_calls import calls_grammar
 from api.grammar_formats import Format, check_schema_size
 from api.parse_events import StartState
@@ -25,23 +26,38 @@ class GrammarPlanner:
         return await self._checker.check(Constraint(grammar=_grammar(answer, None)), param)
 
     async def for_chat(
-        self, rendered: RenderedPrompt, answer: Format | None, param: str, *, single_call: bool = False
+        self,
+        rendered: RenderedPrompt,
+        answer: Format | None,
+        param: str,
+        *,
+        single_call: bool = False,
+        thinking_budget: int | None = None,
     ) -> bytes | None:
         """The constraint of a chat, None when anything goes.
 
         A demanded call must be one of the tools offered and follow its schema. With an answer format the output is
         such an answer, or calls where tools are offered. Otherwise only calls are bound, and only if a tool is strict
-        or `single_call` forbids several. `param` is the field that asks for the answer format.
+        or `single_call` forbids several. `param` is the field that asks for the answer format. `thinking_budget` bounds
+        the reasoning, where there is any.
         """
+        if rendered.start.state is not StartState.REASONING:
+            thinking_budget = None
         must_call = rendered.must_call
         single_call = single_call or rendered.one_call
         if must_call:
             answer = None
         only_calls = not must_call and answer is None
         if only_calls and not (rendered.tools and (single_call or any(tool.strict for tool in rendered.tools))):
-            return None
+            if thinking_budget is None:
+                return None
+            free = Constraint(after_reasoning=True, allows_calls=bool(rendered.tools), thinking_budget=thinking_budget)
+            return encode_constraint(free)
         binding = [must_call or tool.strict for tool in rendered.tools]
-        constraint = self._constraint(rendered, answer, only_calls=only_calls, single=single_call, binding=binding)
+        planned = partial(
+            self._constraint, rendered, answer, only_calls=only_calls, single=single_call, budget=thinking_budget
+        )
+        constraint = planned(binding)
         if not any(binding):
             return await self._checker.check(constraint, param)
         if answer is not None:
@@ -51,8 +67,7 @@ class GrammarPlanner:
             return await self._checker.check(constraint, "tools")
         except RequestError:
             binding = await self._enforceable(rendered.tools, binding)
-        constraint = self._constraint(rendered, answer, only_calls=only_calls, single=single_call, binding=binding)
-        return await self._checker.check(constraint, "tools")
+        return await self._checker.check(planned(binding), "tools")
 
     def close(self) -> None:
         self._checker.close()
@@ -61,10 +76,11 @@ class GrammarPlanner:
         self,
         rendered: RenderedPrompt,
         answer: Format | None,
+        binding: Sequence[bool],
         *,
         only_calls: bool,
         single: bool,
-        binding: Sequence[bool],
+        budget: int | None,
     ) -> Constraint:
         calls = None
         if rendered.tools:
@@ -76,6 +92,7 @@ class GrammarPlanner:
             only_calls=only_calls,
             allows_calls=calls is not None,
             prefix=rendered.answer_prefix if answer is not None else "",
+            thinking_budget=budget,
         )
 
     async def _enforceable(self, tools: Sequence[Tool], binding: Sequence[bool]) -> list[bool]:

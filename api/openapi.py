@@ -10,7 +10,7 @@ from aiohttp import web
 from api.admin import AbortBody
 from api.anthropic_schema import CountBody, MessagesBody
 from api.context import CONTEXT
-from api.responses_schema import ResponsesBody
+from api.responses_schema import InputBody, ResponsesBody
 from api.schema import ChatBody, CompletionBody
 from api.token_generate import GenerateBody
 from api.tokenize import DetokenizeBody, TokenizeBody
@@ -21,6 +21,7 @@ _BODIES: dict[str, tuple[str, type[msgspec.Struct], bool]] = {
     "/v1/messages": ("Answer a chat (Anthropic).", MessagesBody, True),
     "/v1/messages/count_tokens": ("Count a prompt's tokens (Anthropic).", CountBody, False),
     "/v1/responses": ("Answer a chat (Responses).", ResponsesBody, True),
+    "/v1/responses/input_tokens": ("Count a prompt's tokens (Responses).", InputBody, False),
     "/inference/v1/generate": ("Generate token ids from token ids.", GenerateBody, True),
     "/v1/chat/completions/render": ("The ids a chat is generated from.", ChatBody, False),
     "/v1/completions/render": ("The ids a completion is generated from.", CompletionBody, False),
@@ -37,6 +38,7 @@ _GETS = {
     "/v1/models": "The names this server answers to.",
     "/v1/models/{model}": "One of them.",
     "/v1/responses/{response_id}": "A stored response.",
+    "/v1/responses/{response_id}/input_items": "What it answered.",
 }
 _ERRORS = {
     "400": "A field is wrong; `param` names it.",

@@ -2,10 +2,12 @@
 send it there without remembering anything."""
 
 import hashlib
+import re
 import uuid
 
 PREFIX = "resp_"
 TAG_CHARS = 8
+_ID = re.compile(rf"{PREFIX}([0-9a-f]{{{TAG_CHARS}}})[0-9a-f]{{32}}")
 
 
 def tag_of(node_id: str) -> str:
@@ -19,4 +21,5 @@ def new_response_id(node_id: str) -> str:
 
 def is_kept_by(response_id: str, node_id: str) -> bool:
     """Whether this node made the response, and alone may have it."""
-    return response_id.startswith(PREFIX + tag_of(node_id))
+    found = _ID.fullmatch(response_id)
+    return found is not None and found[1] == tag_of(node_id)

@@ -1,25 +1,35 @@
 """Responses kept for a follow-up: bounded in number and in bytes, the oldest forgotten first."""
 
 from collections import OrderedDict
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
 import orjson
 
+Items = list[dict[str, Any]]
+"""Input and output items of the Responses API, as JSON objects."""
+
 
 class StoredResponse(msgspec.Struct, frozen=True):
-    """A finished response, and the conversation that it ends, instructions left out. Both as JSON."""
+    """A finished response, and all items that it answered, those of earlier responses first. Both as JSON."""
 
     response: bytes
-    conversation: bytes
+    input_items: bytes
 
     @property
     def num_bytes(self) -> int:
-        return len(self.response) + len(self.conversation)
+        return len(self.response) + len(self.input_items)
 
-    def messages(self) -> list[dict[str, Any]]:
-        messages: list[dict[str, Any]] = orjson.loads(self.conversation)
-        return messages
+    def items(self) -> Items:
+        """What the response answered, without the response itself."""
+        items: Items = orjson.loads(self.input_items)
+        return items
+
+    def conversation(self) -> Items:
+        """Everything said so far: what a follow-up goes on from."""
+        output: Items = orjson.loads(self.response)["output"]
+        return self.items() + output
 
 
 class ResponseStore:
@@ -35,9 +45,9 @@ class ResponseStore:
     def is_enabled(self) -> bool:
         return self._max_entries > 0
 
-    def put(self, response_id: str, response: dict[str, Any], conversation: list[dict[str, Any]]) -> None:
+    def put(self, response_id: str, response: dict[str, Any], input_items: Sequence[dict[str, Any]]) -> None:
         """Keep a response, unless it alone is larger than the store."""
-        entry = StoredResponse(orjson.dumps(response), orjson.dumps(conversation))
+        entry = StoredResponse(orjson.dumps(response), orjson.dumps(input_items))
         self.delete(response_id)
         if entry.num_bytes > self._max_bytes or not self.is_enabled:
             return

@@ -5,23 +5,28 @@ from typing import Any
 from aiohttp import web
 
 from api.body import decode
-from api.chat_request import chat_outputs, prepare_chat
+from api.chat_request import chat_outputs, check_chat, prepare_chat, render
+from api.content_logprobs import ContentLogprobs
 from api.context import CONTEXT, Context
-from api.errors import renamed_fields
+from api.field_names import renamed_fields
 from api.jsonio import json_response
+from api.logprobs import TokenNames
+from api.prompts import encode_rendered
 from api.respond import now, respond
 from api.response_ids import new_response_id
-from api.response_store import StoredResponse
+from api.response_store import Items
 from api.responses_format import ResponsesResponse, ResponsesShape
-from api.responses_request import Messages, input_messages, to_chat
-from api.responses_schema import ResponsesBody
-from runtime.errors import RequestError
+from api.responses_request import Conversation, input_items, left_out, to_chat
+from api.responses_schema import InputBody, ResponsesBody
+from api.responses_stored import stored
+from api.sampling import check_logprobs
 
 FIELD_NAMES = {
     "messages": "input",
     "max_completion_tokens": "max_output_tokens",
-    "reasoning_effort": "reasoning",
-    "response_format": "text",
+    "reasoning_effort": "reasoning.effort",
+    "response_format.json_schema": "text.format",
+    "response_format": "text.format",
 }
 """A chat's fields as callers of this API know them."""
 
@@ -32,12 +37,11 @@ async def responses(request: web.Request) -> web.StreamResponse:
     arrived = now()
     body = decode(await request.read(), ResponsesBody)
     with context.limiter.slot():
-        if body.background:
-            raise RequestError("background: not supported by this server", param="background")
-        conversation = [*_earlier(context, body), *input_messages(body.input)]
-        instructions: Messages = [{"role": "system", "content": body.instructions}] if body.instructions else []
-        with renamed_fields(FIELD_NAMES):
-            chat = to_chat(body, [*instructions, *conversation])
+        earlier, items = earlier_items(context, body), input_items(body.input)
+        conversation = Conversation(body.instructions, earlier, items)
+        with renamed_fields(FIELD_NAMES, conversation.places):
+            chat = to_chat(body, conversation.messages)
+            check_logprobs(body.top_logprobs, "top_logprobs", context.limits)
             prepared = await prepare_chat(request, chat, response_id=new_response_id(context.info.node_id))
         shape = ResponsesShape(
             response_id=prepared.submission.response_id,
@@ -45,58 +49,48 @@ async def responses(request: web.Request) -> web.StreamResponse:
             model=prepared.model,
             body=body,
             store=body.store is not False and context.store.is_enabled and prepared.leg.kind != "prefill",
+            names=TokenNames(context.tokenizer),
         )
 
         def keep(response: dict[str, Any]) -> None:
             if shape.store:
-                context.store.put(shape.response_id, response, [*conversation, *input_messages(response["output"])])
+                context.store.put(shape.response_id, response, [*earlier, *items])
 
+        [output] = chat_outputs(context, prepared)
         return await respond(
             request,
             prepared.submission,
-            chat_outputs(context, prepared),
+            [ContentLogprobs(output, context.tokenizer) if chat.logprobs else output],
             lambda reader: ResponsesResponse(reader, shape, keep),
             stream=bool(prepared.body.stream),
             arrived=arrived,
-            headers=prepared.headers,
+            headers={**prepared.headers, **tool_warning(body)},
         )
 
 
-def _earlier(context: Context, body: ResponsesBody) -> Messages:
+async def input_tokens(request: web.Request) -> web.Response:
+    """POST /v1/responses/input_tokens: how many tokens the prompt of such a request has."""
+    context = request.app[CONTEXT]
+    body = decode(await request.read(), InputBody)
+    conversation = Conversation(body.instructions, earlier_items(context, body), input_items(body.input))
+    with renamed_fields(FIELD_NAMES, conversation.places):
+        chat = to_chat(body, conversation.messages)
+        context.model_of(chat.model)
+        check_chat(chat, context)
+        ids = await encode_rendered(context, render(chat, context), chat)
+    return json_response({"object": "response.input_tokens", "input_tokens": len(ids)})
+
+
+def earlier_items(context: Context, body: InputBody) -> Items:
+    """The conversation that the request goes on from. Raises RequestError (404) if nobody kept it."""
+    if body.previous_items is not None:
+        return body.previous_items
     if body.previous_response_id is None:
         return []
-    return _stored(context, body.previous_response_id, "previous_response_id").messages()
+    return stored(context, body.previous_response_id, "previous_response_id").conversation()
 
 
-def _stored(context: Context, response_id: str, param: str) -> StoredResponse:
-    stored = context.store.get(response_id)
-    if stored is None:
-        raise RequestError(
-            f"{param}: no such response is kept here", param=param, status=404, code="previous_response_not_found"
-        )
-    return stored
-
-
-async def get_response(request: web.Request) -> web.Response:
-    """GET /v1/responses/{id}: a finished response that was stored."""
-    stored = _stored(request.app[CONTEXT], request.match_info["response_id"], "response_id")
-    return web.Response(body=stored.response, content_type="application/json")
-
-
-async def delete_response(request: web.Request) -> web.Response:
-    """DELETE /v1/responses/{id}."""
-    context, response_id = request.app[CONTEXT], request.match_info["response_id"]
-    _stored(context, response_id, "response_id")
-    context.store.delete(response_id)
-    return json_response({"id": response_id, "object": "response", "deleted": True})
-
-
-async def cancel_response(request: web.Request) -> web.Response:
-    """POST /v1/responses/{id}/cancel: end one that is being generated; a finished one is answered as it is."""
-    context, response_id = request.app[CONTEXT], request.match_info["response_id"]
-    for generation in list(context.live):
-        if generation.name == response_id:
-            generation.abort(RequestError("The response was cancelled.", status=409, code="cancelled"))
-            return json_response({"id": response_id, "object": "response", "status": "cancelled", "output": []})
-    stored = _stored(context, response_id, "response_id")
-    return web.Response(body=stored.response, content_type="application/json")
+def tool_warning(body: InputBody) -> dict[str, str]:
+    """The header that says which tools the model was not shown."""
+    kinds = left_out(body)
+    return {"X-Tandem-Warning": f"tools not run by this server were left out: {', '.join(kinds)}"} if kinds else {}

@@ -8,9 +8,11 @@ import orjson
 
 from api.chat_format import new_call_id
 from api.errors import Problem
+from api.logprobs import TokenNames, chat_logprobs
 from api.parse_events import ContentDelta, Event, ReasoningDelta, ToolArgumentsDelta, ToolCallStart
 from api.reader import Reader
-from api.responses_schema import ResponsesBody
+from api.responses_request import functions_of
+from api.responses_schema import LOGPROBS, ResponsesBody
 from api.text_output import Piece
 from runtime.requests import Tokens
 
@@ -26,6 +28,7 @@ class ResponsesShape(msgspec.Struct, frozen=True, kw_only=True):
     model: str
     body: ResponsesBody
     store: bool
+    names: TokenNames
 
     def response(self) -> dict[str, Any]:
         """The response as it begins."""
@@ -45,7 +48,7 @@ class ResponsesShape(msgspec.Struct, frozen=True, kw_only=True):
             "incomplete_details": None,
             "instructions": body.instructions,
             "max_output_tokens": body.max_output_tokens,
-            "max_tool_calls": None,
+            "max_tool_calls": body.max_tool_calls,
             "model": self.model,
             "moderation": None,
             "output": [],
@@ -66,8 +69,8 @@ class ResponsesShape(msgspec.Struct, frozen=True, kw_only=True):
                 "format": _without_nulls(text.format) if text and text.format else {"type": "text"},
                 "verbosity": text.verbosity if text else None,
             },
-            "tool_choice": choice if isinstance(choice, str) else msgspec.to_builtins(choice),
-            "tools": [msgspec.to_builtins(tool) for tool in body.tools or ()],
+            "tool_choice": choice if isinstance(choice, str) else _without_nulls(choice),
+            "tools": [msgspec.to_builtins(tool) for tool in functions_of(body)],
             "top_logprobs": body.top_logprobs or 0,
             "top_p": 1.0 if body.top_p is None else body.top_p,
             "truncation": body.truncation or "disabled",
@@ -87,21 +90,24 @@ class ResponsesItems:
     def __init__(self, response_id: str) -> None:
         self._id = response_id.partition("_")[2] or response_id
         self.items: list[dict[str, Any]] = []
-        self._text = ""
+        self._text: list[str] = []
+        self._logprobs: list[dict[str, Any]] = []
         self._is_open = False
 
-    def add(self, event: Event) -> Iterator[dict[str, Any]]:
+    def add(self, event: Event, logprobs: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """`logprobs` are those of the event's text."""
         if isinstance(event, ReasoningDelta):
             yield from self._open("reasoning")
             yield from self._grow("response.reasoning_text.delta", event.text)
         elif isinstance(event, ContentDelta):
             yield from self._open("message")
-            yield from self._grow("response.output_text.delta", event.text, logprobs=[])
+            self._logprobs += logprobs
+            yield from self._grow("response.output_text.delta", event.text, logprobs=logprobs)
         elif isinstance(event, ToolCallStart):
             yield from self.close("commentary")
             yield from self._open("function_call", event.name)
         elif isinstance(event, ToolArgumentsDelta):
-            self._text += event.text
+            self._text.append(event.text)
             yield self._event("response.function_call_arguments.delta", delta=event.text)
 
     def _open(self, kind: str, name: str = "") -> Iterator[dict[str, Any]]:
@@ -120,20 +126,21 @@ class ResponsesItems:
             item = {"type": kind, "id": f"fc_{self._id}_{number}", "status": "in_progress", "call_id": new_call_id(),
                     "name": name, "arguments": ""}  # fmt: skip
         self._is_open = True
-        self._text = ""
+        self._text, self._logprobs = [], []
         self.items.append(item)
         yield {"type": "response.output_item.added", "item": dict(item), "output_index": number}
         if kind != "function_call":
-            yield self._event("response.content_part.added", content_index=0, part=self._part(""))
+            yield self._event("response.content_part.added", content_index=0, part=self._part())
 
     def _grow(self, kind: str, text: str, **more: Any) -> Iterator[dict[str, Any]]:
-        self._text += text
+        self._text.append(text)
         yield self._event(kind, content_index=0, delta=text, **more)
 
-    def _part(self, text: str) -> dict[str, Any]:
+    def _part(self) -> dict[str, Any]:
+        text = "".join(self._text)
         if self.items[-1]["type"] == "reasoning":
             return {"type": "reasoning_text", "text": text}
-        return {"type": "output_text", "annotations": [], "logprobs": [], "text": text}
+        return {"type": "output_text", "annotations": [], "logprobs": list(self._logprobs), "text": text}
 
     def _event(self, kind: str, **fields: Any) -> dict[str, Any]:
         return {"type": kind, "item_id": self.items[-1]["id"], "output_index": len(self.items) - 1, **fields}
@@ -143,17 +150,17 @@ class ResponsesItems:
         if not self._is_open:
             return
         self._is_open = False
-        item, text = self.items[-1], self._text
+        item, text = self.items[-1], "".join(self._text)
         item["status"] = status
         if item["type"] == "function_call":
             item["arguments"] = text
             yield self._event("response.function_call_arguments.done", arguments=text)
         else:
-            part = self._part(text)
+            part = self._part()
             item["content"] = [part]
             if item["type"] == "message":
                 item["phase"] = phase
-                yield self._event("response.output_text.done", content_index=0, text=text, logprobs=[])
+                yield self._event("response.output_text.done", content_index=0, text=text, logprobs=part["logprobs"])
             else:
                 yield self._event("response.reasoning_text.done", content_index=0, text=text)
             yield self._event("response.content_part.done", content_index=0, part=part)
@@ -174,11 +181,18 @@ class ResponsesResponse:
     def _read(self, arrived: Sequence[tuple[int, Tokens]]) -> Iterator[dict[str, Any]]:
         single = self._shape.body.parallel_tool_calls is False
         for _, _, piece in self._reader.read(arrived):
+            logprobs = self._logprobs(piece)
             for event in piece.events:
                 if not (single and isinstance(event, ToolCallStart | ToolArgumentsDelta) and event.index):
-                    yield from self._items.add(event)
+                    yield from self._items.add(event, logprobs if isinstance(event, ContentDelta) else [])
             if piece.finish_reason is not None:
                 yield from self._finish(piece)
+
+    def _logprobs(self, piece: Piece) -> list[dict[str, Any]]:
+        """Of the text in this piece, where the caller asked for them."""
+        if LOGPROBS not in (self._shape.body.include or ()):
+            return []
+        return chat_logprobs(piece.logprobs, self._shape.names, self._shape.body.top_logprobs or 0)
 
     def _finish(self, piece: Piece) -> Iterator[dict[str, Any]]:
         self._finish_reason = piece.finish_reason

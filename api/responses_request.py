@@ -1,9 +1,13 @@
 """A Responses body as the chat it means: input items become messages."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from api.responses_schema import NamedFunctionChoice, ResponsesBody, TextFormat
+import msgspec
+
+from api.chat_messages import content_text, parse_message
+from api.response_store import Items
+from api.responses_schema import LOGPROBS, InputBody, ResponsesBody, ResponsesTool, TextFormat, ToolChoiceObject
 from api.schema import (
     ChatBody,
     FunctionDefinition,
@@ -16,99 +20,64 @@ from api.schema import (
 )
 from runtime.errors import RequestError
 
-Messages = list[dict[str, Any]]
+HOSTED_TOOLS = frozenset(
+    ("code_interpreter", "computer", "computer_use_preview", "file_search", "image_generation", "local_shell", "mcp",
+     "shell", "tool_search", "web_search", "web_search_2025_08_26", "web_search_preview",
+     "web_search_preview_2025_03_11")
+)  # fmt: skip
+"""Tools that OpenAI's servers or clients know how to run. This model does not, so it is not shown them."""
 
 
-def to_chat(body: ResponsesBody, messages: Messages) -> ChatBody:
-    """`messages`: the conversation, instructions first. Raises RequestError."""
-    return ChatBody(
-        model=body.model,
-        messages=messages,
-        stream=body.stream,
-        stream_options=StreamOptions() if body.stream else None,
-        max_completion_tokens=body.max_output_tokens,
-        min_tokens=body.min_tokens,
-        temperature=body.temperature,
-        top_p=body.top_p,
-        top_k=body.top_k,
-        seed=body.seed,
-        reasoning_effort=None if body.reasoning is None else body.reasoning.effort,
-        response_format=_format(None if body.text is None else body.text.format),
-        tools=[
-            Tool("function", FunctionDefinition(tool.name, tool.description, tool.parameters, tool.strict))
-            for tool in body.tools or ()
-        ]
-        or None,
-        tool_choice=_tool_choice(body.tool_choice, bool(body.tools)),
-        parallel_tool_calls=body.parallel_tool_calls,
-        priority=body.priority,
-        chat_template_kwargs=body.chat_template_kwargs,
-        kv_transfer_params=body.kv_transfer_params,
-    )
+class Conversation:
+    """Chat messages made of items. `places[k]` says which part of the request message k came from."""
+
+    def __init__(self, instructions: str | None, earlier: Items, items: Items) -> None:
+        """`earlier` items were checked when they were new. Raises RequestError naming the item of `items`."""
+        self.messages: list[dict[str, Any]] = []
+        self.places: list[str] = []
+        if instructions:
+            self._add({"role": "system", "content": instructions}, "instructions")
+        for name, part in (("previous_response_id", earlier), ("input", items)):
+            for index, item in enumerate(part):
+                self._add_item(item, f"{name}.{index}")
+
+    def _add(self, message: dict[str, Any], place: str) -> None:
+        self.messages.append(message)
+        self.places.append(place)
+
+    def _add_item(self, item: dict[str, Any], where: str) -> None:
+        kind = item.get("type", "message")
+        if kind == "message" and item.get("role") == "assistant":
+            content = item.get("content")
+            self._turn(where)["content"].append({"type": "text", "text": content_text(content, f"{where}.content")})
+        elif kind == "message":
+            message = {"role": item.get("role"), "content": item.get("content")}
+            parse_message(message, where)
+            self._add(message, where)
+        elif kind == "reasoning":
+            self._turn(where)["reasoning_content"] += _reasoning_text(item, where)
+        elif kind == "function_call":
+            self._turn(where)["tool_calls"].append(_tool_call(item, where))
+        elif kind == "function_call_output":
+            output = content_text(item.get("output"), f"{where}.output")
+            self._add({"role": "tool", "tool_call_id": item.get("call_id"), "content": output}, where)
+        else:
+            raise RequestError(f"{where}.type: items of this type are not supported", param=f"{where}.type")
+
+    def _turn(self, where: str) -> dict[str, Any]:
+        """The open turn of the assistant: its reasoning, text and calls come as items of their own."""
+        if not self.messages or self.messages[-1]["role"] != "assistant":
+            self._add({"role": "assistant", "content": [], "reasoning_content": "", "tool_calls": []}, where)
+        return self.messages[-1]
 
 
-def _format(asked: TextFormat | None) -> ResponseFormat | None:
-    if asked is None:
-        return None
-    if asked.type != "json_schema":
-        return ResponseFormat(asked.type)
-    return ResponseFormat("json_schema", JsonSchemaFormat(asked.name or "output", asked.schema))
-
-
-def _tool_choice(choice: str | NamedFunctionChoice | None, has_tools: bool) -> str | NamedToolChoice | None:
-    if isinstance(choice, NamedFunctionChoice):
-        return NamedToolChoice("function", NamedFunction(choice.name))
-    # Clients send the default along even when there is nothing to choose.
-    return None if choice == "auto" and not has_tools else choice
-
-
-def input_messages(items: str | Sequence[dict[str, Any]]) -> Messages:
-    """The messages of `input`. Raises RequestError naming the item."""
-    if isinstance(items, str):
-        return [{"role": "user", "content": items}]
-    if not items:
-        raise RequestError("input: must not be empty", param="input")
-    messages: Messages = []
-    for index, item in enumerate(items):
-        _add_item(messages, item, f"input.{index}")
-    return messages
-
-
-def _add_item(messages: Messages, item: dict[str, Any], where: str) -> None:
-    kind = item.get("type", "message")
-    if kind == "message":
-        _add_message(messages, item, where)
-    elif kind == "reasoning":
-        _assistant_turn(messages)["reasoning_content"] += _reasoning_text(item, where)
-    elif kind == "function_call":
-        call = {"id": item.get("call_id") or item.get("id"),
-                "function": {"name": item.get("name"), "arguments": item.get("arguments")}}  # fmt: skip
-        _assistant_turn(messages)["tool_calls"].append(call)
-    elif kind == "function_call_output":
-        output = item.get("output")
-        if not isinstance(output, str | list):
-            raise RequestError(f"{where}.output: must be a string or a list of text parts", param=f"{where}.output")
-        messages.append({"role": "tool", "tool_call_id": item.get("call_id"), "content": output})
-    else:
-        raise RequestError(f"{where}.type: items of this type are not supported", param=f"{where}.type")
-
-
-def _add_message(messages: Messages, item: dict[str, Any], where: str) -> None:
-    if item.get("role") != "assistant":
-        messages.append({"role": item.get("role"), "content": item.get("content")})
-        return
-    content = item.get("content")
-    parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
-    if content is None:
-        raise RequestError(f"{where}.content: must be a string or a list of text parts", param=f"{where}.content")
-    _assistant_turn(messages)["content"] += parts
-
-
-def _assistant_turn(messages: Messages) -> dict[str, Any]:
-    """The open turn of the assistant: its reasoning, text and calls come as items of their own."""
-    if not messages or messages[-1]["role"] != "assistant":
-        messages.append({"role": "assistant", "content": [], "reasoning_content": "", "tool_calls": []})
-    return messages[-1]
+def _tool_call(item: dict[str, Any], where: str) -> dict[str, Any]:
+    name, arguments = item.get("name"), item.get("arguments")
+    if not isinstance(name, str) or not name:
+        raise RequestError(f"{where}.name: must be a non-empty string", param=f"{where}.name")
+    if not isinstance(arguments, str | dict):
+        raise RequestError(f"{where}.arguments: must be a string", param=f"{where}.arguments")
+    return {"id": item.get("call_id") or item.get("id"), "function": {"name": name, "arguments": arguments}}
 
 
 def _reasoning_text(item: dict[str, Any], where: str) -> str:
@@ -118,3 +87,102 @@ def _reasoning_text(item: dict[str, Any], where: str) -> str:
         raise RequestError(f"{where}.content: must be a list", param=f"{where}.content")
     texts = [part.get("text") for part in content if isinstance(part, dict)]
     return "\n\n".join(text for text in texts if isinstance(text, str))
+
+
+def input_items(given: str | Items) -> Items:
+    """`input` as items. Raises RequestError when there are none."""
+    if isinstance(given, str):
+        return [{"type": "message", "role": "user", "content": given}]
+    if not given:
+        raise RequestError("input: must not be empty", param="input")
+    return given
+
+
+def to_chat(body: InputBody, messages: list[dict[str, Any]]) -> ChatBody:
+    """Raises RequestError naming the field."""
+    for field in ("conversation", "prompt"):
+        if getattr(body, field) is not None:
+            raise RequestError(f"{field}: not supported by this server; send the items themselves", param=field)
+    tools, choice = _tools_and_choice(body)
+    chat = ChatBody(
+        model=body.model,
+        messages=messages,
+        reasoning_effort=None if body.reasoning is None else body.reasoning.effort,
+        response_format=_format(None if body.text is None else body.text.format),
+        tools=tools or None,
+        tool_choice=choice,
+        parallel_tool_calls=body.parallel_tool_calls,
+        chat_template_kwargs=body.chat_template_kwargs,
+    )
+    if not isinstance(body, ResponsesBody):
+        return chat
+    if body.background:
+        raise RequestError("background: not supported by this server", param="background")
+    wants_logprobs = LOGPROBS in (body.include or ())
+    return msgspec.structs.replace(
+        chat,
+        stream=body.stream,
+        stream_options=StreamOptions() if body.stream else None,
+        max_completion_tokens=body.max_output_tokens,
+        min_tokens=body.min_tokens,
+        temperature=body.temperature,
+        top_p=body.top_p,
+        top_k=body.top_k,
+        seed=body.seed,
+        logprobs=wants_logprobs or None,
+        top_logprobs=body.top_logprobs if wants_logprobs else None,
+        thinking_token_budget=body.thinking_token_budget,
+        priority=body.priority,
+        kv_transfer_params=body.kv_transfer_params,
+    )
+
+
+def functions_of(body: InputBody) -> list[ResponsesTool]:
+    """The tools that the caller runs, which are those that the model is shown."""
+    return [tool for tool in body.tools or () if tool.type == "function"]
+
+
+def left_out(body: InputBody) -> list[str]:
+    """Types of tools that the caller listed and the model is not shown."""
+    return sorted({tool.type for tool in body.tools or () if tool.type in HOSTED_TOOLS})
+
+
+def _tools_and_choice(body: InputBody) -> tuple[list[Tool], str | NamedToolChoice | None]:
+    tools = list(_functions(body.tools or ()))
+    choice = body.tool_choice
+    if not isinstance(choice, ToolChoiceObject):
+        # Clients send the default along even when there is nothing to choose.
+        return tools, None if choice == "auto" and not tools else choice
+    if choice.type == "function":
+        if not choice.name:
+            raise RequestError("tool_choice.name: this field is required", param="tool_choice.name")
+        return tools, NamedToolChoice("function", NamedFunction(choice.name))
+    if choice.type != "allowed_tools":
+        raise RequestError("tool_choice.type: must be function or allowed_tools", param="tool_choice.type")
+    names = [tool.get("name") for tool in choice.tools or ()]
+    allowed = [tool for tool in tools if tool.function.name in names]
+    if not allowed:
+        raise RequestError("tool_choice.tools: names none of the tools", param="tool_choice.tools")
+    return allowed, choice.mode or "auto"
+
+
+def _functions(tools: Sequence[ResponsesTool]) -> Iterator[Tool]:
+    for index, tool in enumerate(tools):
+        if tool.type in HOSTED_TOOLS:
+            continue
+        where = f"tools.{index}"
+        if tool.type != "function":
+            raise RequestError(f"{where}.type: tools of this type are not supported", param=f"{where}.type")
+        if not tool.name:
+            raise RequestError(f"{where}.name: this field is required", param=f"{where}.name")
+        yield Tool("function", FunctionDefinition(tool.name, tool.description, tool.parameters, tool.strict))
+
+
+def _format(asked: TextFormat | None) -> ResponseFormat | None:
+    if asked is None:
+        return None
+    if asked.type != "json_schema":
+        return ResponseFormat(asked.type)
+    if asked.name is None:
+        raise RequestError("text.format.name: this field is required", param="text.format.name")
+    return ResponseFormat("json_schema", JsonSchemaFormat(asked.name, asked.schema))

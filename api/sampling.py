@@ -53,8 +53,8 @@ def check(body: SamplingBody, limits: Limits) -> None:
     _check_stream(body)
     if body.best_of is not None and body.best_of != (body.n or 1):
         raise RequestError("best_of: only best_of = n is supported", param="best_of")
-    if body.thinking_token_budget not in (None, -1):
-        raise RequestError("thinking_token_budget: not supported by this server", param="thinking_token_budget")
+    if body.thinking_token_budget is not None and not -1 <= body.thinking_token_budget < 2**31:
+        raise _out_of_range("thinking_token_budget", "-1 (no bound) or at least 0")
     if body.truncate_prompt_tokens is not None and (
         body.truncate_prompt_tokens < -1 or not body.truncate_prompt_tokens
     ):

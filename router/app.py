@@ -13,6 +13,8 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from router.errors import error_answer
 from router.generation import GENERATING, generate, request_id_of
 from router.nodes import Role
+from router.proxy import Proxied
+from router.request import Request
 from router.sink import ClientGone, Headers
 from runtime.errors import TandemError
 
@@ -29,6 +31,14 @@ PASSED_ON = (
     "/v1/completions/render",
 )
 """POST routes that any node answers by itself."""
+
+KEPT = (
+    ("GET", "/v1/responses/{id}"),
+    ("DELETE", "/v1/responses/{id}"),
+    ("POST", "/v1/responses/{id}/cancel"),
+    ("GET", "/v1/responses/{id}/input_items"),
+)
+"""Routes that only the node that keeps the response can answer."""
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -95,8 +105,11 @@ def build_app(service: "RouterService") -> web.Application:
         app.router.add_post(path, _generating(service))
     for path in PASSED_ON:
         app.router.add_post(path, _passing(service))
-    for path in ("/v1/models", "/v1/models/{model:.+}", "/v1/responses/{id}", "/version", "/openapi.json"):
+    for path in ("/v1/models", "/v1/models/{model:.+}", "/version", "/openapi.json"):
         app.router.add_get(path, _passing(service))
+    app.router.add_post("/v1/responses/input_tokens", _input_tokens(service))
+    for method, path in KEPT:
+        app.router.add_route(method, path, _kept(service))
     app.router.add_get("/health", _health(service))
     app.router.add_get("/readiness", _readiness(service))
     app.router.add_get("/liveness", _liveness)
@@ -136,13 +149,35 @@ def _passing(service: "RouterService") -> Handler:
     async def handle(request: web.Request) -> web.StreamResponse:
         body = await request.read()
         headers = _plain_headers(request)
-        answer = await service.any_node.ask(request.method, request.path_qs, headers, body)
-        content_type = answer.head.get(b"content-type") or b"application/json"
-        return web.Response(
-            status=answer.head.status, body=answer.body, headers={"Content-Type": content_type.decode("latin-1")}
-        )
+        return _passed(await service.any_node.ask(request.method, request.path_qs, headers, body))
 
     return handle
+
+
+def _kept(service: "RouterService") -> Handler:
+    async def handle(request: web.Request) -> web.StreamResponse:
+        kept = service.kept_responses
+        node = kept.keeper(request.match_info["id"])
+        return _passed(await kept.ask(node, request.method, request.path_qs, _plain_headers(request)))
+
+    return handle
+
+
+def _input_tokens(service: "RouterService") -> Handler:
+    async def handle(request: web.Request) -> web.StreamResponse:
+        headers = _plain_headers(request)
+        question = Request(request.path, headers, await request.read(), "", max_choices=1)
+        refusal = await service.kept_responses.add_conversation(question)
+        return _passed(refusal or await service.any_node.ask("POST", request.path, headers, question.raw))
+
+    return handle
+
+
+def _passed(answer: Proxied) -> web.Response:
+    content_type = answer.head.get(b"content-type") or b"application/json"
+    return web.Response(
+        status=answer.head.status, body=answer.body, headers={"Content-Type": content_type.decode("latin-1")}
+    )
 
 
 def _health(service: "RouterService") -> Handler:

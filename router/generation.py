@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from router.errors import error_answer
+from router.kept_responses import RESPONSES
 from router.request import Request
 from router.sink import ClientGone, Sink
 from runtime import logging as request_logging
@@ -50,7 +51,11 @@ async def generate(
     try:
         max_choices = service.config.requests.max_choices
         request = Request(path + query, headers, raw, request_id, max_choices=max_choices)
-        await service.dispatcher.serve(request, sink)
+        refusal = await service.kept_responses.add_conversation(request) if path == RESPONSES else None
+        if refusal is None:
+            await service.dispatcher.serve(request, sink)
+        else:
+            await sink.answer(refusal.head.status, [("Content-Type", "application/json")], refusal.body)
     except TandemError as error:
         await sink.answer(*error_answer(error, path))
     except (ClientGone, asyncio.CancelledError):

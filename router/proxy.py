@@ -54,6 +54,14 @@ async def ask(
         exchange.close()
 
 
+def forwarded(headers: Mapping[str, str], node_api_key: str | None) -> dict[str, str]:
+    """What of a client's headers (lower-case names) a node gets, and the router's own key where the client has none."""
+    sent = {name: headers[name] for name in FORWARDED_HEADERS if name in headers}
+    if "authorization" not in sent and node_api_key is not None:
+        sent["authorization"] = f"Bearer {node_api_key}"
+    return sent
+
+
 class AnyNode:
     """Asks one healthy node after another until one answers."""
 
@@ -81,9 +89,7 @@ class AnyNode:
         cacheable = method == "GET" and path == "/v1/models"
         if cacheable and self._models is not None:
             return self._models
-        sent = {name: headers[name] for name in FORWARDED_HEADERS if name in headers}
-        if "authorization" not in sent and self._key is not None:
-            sent["authorization"] = f"Bearer {self._key}"
+        sent = forwarded(headers, self._key)
         failure: UpstreamError | None = None
         for _ in range(3):
             node = self._registry.any_node(self._clock())

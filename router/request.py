@@ -12,6 +12,8 @@ from runtime.errors import RequestError
 
 _numbers = itertools.count(1)
 
+_ROUTERS_OWN = ("kv_transfer_params", "previous_items")
+"""Members that only a router sets: a client must not name a transfer, and what it says belongs into `input`."""
 _SESSION_HEADERS = ("x-session-id", "x-user-id", "x-tenant-id")
 _SESSION_FIELDS = ("session_id", "prompt_cache_key", "user", "user_id")
 
@@ -50,9 +52,8 @@ class Request:
             raise syntax_error(raw, error) from None
         if not isinstance(fields, dict):
             raise RequestError("The request body is not a JSON object.")
-        if "kv_transfer_params" in fields:
-            # Transfers are the router's own; a client must not name one.
-            del fields["kv_transfer_params"]
+        if any(name in fields for name in _ROUTERS_OWN):
+            fields = {name: value for name, value in fields.items() if name not in _ROUTERS_OWN}
             raw = orjson.dumps(fields)
         self.fields: dict[str, Any] = fields
         self.raw = raw
@@ -72,6 +73,12 @@ class Request:
         tail = orjson.dumps(members)
         comma = b"," if self.fields else b""
         return [memoryview(self.raw)[:end], comma + tail[1:]]
+
+    def add_member(self, name: str, value: bytes) -> None:
+        """Set a member of the body to a JSON text, which is not parsed."""
+        comma = b"," if self.fields else b""
+        self.raw = b'%b%b"%b":%b}' % (self.raw[: self.raw.rindex(b"}")], comma, name.encode(), value)
+        self.num_tokens += len(value) // 4
 
     @property
     def session(self) -> str | None:

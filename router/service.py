@@ -14,6 +14,7 @@ from router.config import RouterConfig
 from router.dispatch import Dispatcher
 from router.front import Front
 from router.health import Canary, Proofs
+from router.kept_responses import KeptResponses
 from router.legs import LegFactory
 from router.metrics import ClusterCollector, RouterMetrics
 from router.nodes import Role
@@ -59,6 +60,7 @@ class RouterService:
         )
         self.static_nodes = self._static_nodes()
         self.any_node = AnyNode(self.upstream, self.registry, config.node_api_key, self.clock)
+        self.kept_responses = KeptResponses(self.upstream, self.registry, config.node_api_key, self.clock)
         self.canary = Canary(config.health, self.proofs, self.registry, self.dispatcher, self.metrics, self.clock)
         self.port = 0
         self.cluster_port: int | None = None

@@ -225,7 +225,19 @@ async def test_a_failure_in_the_middle_is_an_event(server: Server) -> None:
         ({"max_output_tokens": 0}, "max_output_tokens"),
         ({"text": {"format": {"type": "json_schema", "name": "n", "schema": {"type": 5}}}}, "text"),
         ({"text": {"format": {"type": "yaml"}}}, "text"),
-        ({"tools": [{"type": "web_search"}]}, "tools"),
+        ({"text": {"format": {"type": "json_schema", "schema": {}}}}, "text"),
+        ({"tools": [{"type": "custom", "name": "f"}]}, "tools"),
+        ({"tools": [{"type": "function"}]}, "tools"),
+        ({"tools": [{"type": "function", "name": "a b"}]}, "tools"),
+        ({"tools": TOOLS, "tool_choice": {"type": "web_search"}}, "tool_choice"),
+        ({"tools": TOOLS, "tool_choice": {"type": "function", "name": "g"}}, "tool_choice"),
+        (
+            {"tools": TOOLS, "tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": [{"name": "g"}]}},
+            "tool_choice",
+        ),
+        ({"top_logprobs": 21}, "top_logprobs"),
+        ({"conversation": "conv_1"}, "conversation"),
+        ({"prompt": {"id": "pmpt_1"}}, "prompt"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"background": True}, "background"),
         ({"temperature": "hot"}, "temperature"),
@@ -235,6 +247,128 @@ async def test_a_wrong_field_is_named(server: Server, fields: dict[str, Any], pa
     answer = await server.post_json(PATH, {"input": "hi", **fields}, status=400)
     assert answer["error"]["param"] == param, answer
     assert server.engine.submitted == []
+
+
+@pytest.mark.parametrize(
+    ("fields", "place"),
+    [
+        ({"instructions": "I", "input": [{"role": "user", "content": 5}]}, "input.0.content"),
+        ({"input": [{"type": "reasoning"}, {"role": "assistant", "content": "x"}, {"role": "king"}]}, "input.2.role"),
+        (
+            {"input": [{"type": "function_call", "call_id": "c"}, {"role": "user", "content": "x"}]},
+            "input.0.0.function",
+        ),
+        (
+            {
+                "instructions": "I",
+                "input": [
+                    {"role": "user", "content": "x"},
+                    {"type": "reasoning", "content": [{"type": "reasoning_text", "text": "T"}]},
+                    {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"},
+                    {"type": "function_call_output", "call_id": "d", "output": "r"},
+                ],
+            },
+            "input.3.tool_call_id",
+        ),
+        ({"tools": [{"type": "function", "name": "a b"}]}, "tools.0.name"),
+        ({"text": {"format": {"type": "json_schema", "name": "n", "schema": {"type": 5}}}}, "text.format"),
+        ({"reasoning": {"effort": "turbo"}}, "reasoning.effort"),
+        ({"max_output_tokens": 10**6}, "max_output_tokens"),
+    ],
+)
+async def test_errors_name_the_place_as_the_caller_wrote_it(server: Server, fields: dict[str, Any], place: str) -> None:
+    answer = await server.post_json(PATH, {"input": "hi", **fields}, status=400)
+    assert answer["error"]["message"].startswith(place), answer
+
+
+@pytest.mark.parametrize("tokens_per_step", [1, 3, 1000])
+async def test_log_probabilities_are_those_of_the_text(serve: Any, tokens_per_step: int) -> None:
+    server = await serve(tokens_per_step=tokens_per_step)
+    text = "a < b\n\n<i> 🦜 the end\n"
+    body = {"input": "hi", "include": ["message.output_text.logprobs"], "top_logprobs": 2, "tools": TOOLS}
+    for script, expected in (
+        ("Thought.</think>\n\n" + text, text),
+        ("T</think>" + text.rstrip() + calls(WEATHER), text.rstrip()),
+        ("T</think>" + calls(WEATHER), None),
+    ):
+        server.engine.script(script)
+        answer = await server.post_json(PATH, body)
+        assert answer["top_logprobs"] == 2
+        messages = [item for item in answer["output"] if item["type"] == "message"]
+        parts = [part for message in messages for part in message["content"]]
+        assert [part["text"] for part in parts] == ([] if expected is None else [expected])
+        for part in parts:
+            assert bytes(byte for entry in part["logprobs"] for byte in entry["bytes"]).decode() == part["text"]
+            assert all(len(entry["top_logprobs"]) == 2 for entry in part["logprobs"])
+        server.engine.script(script)
+        frames = parse_events(await (await server.post(PATH, {**body, "stream": True})).read())
+        events = [json.loads(data) for _, data in frames]
+        deltas = [event for event in events if event["type"] == "response.output_text.delta"]
+        streamed = [entry for event in deltas for entry in event["logprobs"]]
+        assert streamed == [entry for part in parts for entry in part["logprobs"]]
+        done = [event for event in events if event["type"] == "response.output_text.done"]
+        assert [event["logprobs"] for event in done] == [part["logprobs"] for part in parts]
+
+
+async def test_top_logprobs_alone_asks_for_nothing(server: Server) -> None:
+    await server.post_json(PATH, {"input": "hi", "top_logprobs": 2, "max_output_tokens": 1})
+    assert server.engine.submitted[0].sampling.logprobs is None
+
+
+async def test_tools_that_only_openai_runs_are_left_out_with_a_warning(server: Server) -> None:
+    body = {"input": "hi", "max_output_tokens": 1, "tools": [{"type": "web_search"}, *TOOLS, {"type": "mcp"}]}
+    response = await server.post(PATH, body)
+    assert response.headers["X-Tandem-Warning"].endswith("mcp, web_search")
+    assert [tool["name"] for tool in (await response.json())["tools"]] == ["get_weather"]
+    assert "web_search" not in prompt_of(server)
+    answer = await server.post_json(PATH, {"input": "hi", "max_output_tokens": 1, "tools": [{"type": "web_search"}]})
+    assert answer["tools"] == []
+    assert "## Tools" not in prompt_of(server)
+
+
+async def test_allowed_tools_are_the_only_ones_shown(server: Server) -> None:
+    other = {**TOOLS[0], "name": "other"}
+    choice = {"type": "allowed_tools", "mode": "required", "tools": [{"type": "function", "name": "other"}]}
+    body = {"input": "hi", "max_output_tokens": 1, "tools": [*TOOLS, other], "tool_choice": choice}
+    answer = await server.post_json(PATH, body)
+    assert answer["tool_choice"] == choice
+    assert '"name": "other"' in prompt_of(server)
+    assert "get_weather" not in prompt_of(server)
+    assert server.engine.submitted[0].sampling.constraint is not None
+
+
+async def test_input_items_are_listed_in_pages(server: Server, client: openai.AsyncOpenAI) -> None:
+    given: list[Any] = [{"role": "user", "content": f"Q{number}"} for number in range(5)]
+    server.engine.script("</think>A")
+    response = await client.responses.create(model="tiny", input=given)
+    texts = []
+    async for item in client.responses.input_items.list(response.id, limit=2):
+        assert item.type == "message"
+        texts.append(item.content[0].text)  # type: ignore[union-attr]
+    assert texts == ["Q4", "Q3", "Q2", "Q1", "Q0"]
+    url = f"{PATH}/{response.id}/input_items"
+    for query, param in (("limit=0", "limit"), ("limit=x", "limit"), ("order=up", "order"), ("after=no", "after")):
+        answer = await server.get(f"{url}?{query}")
+        assert answer.status == 400
+        assert (await answer.json())["error"]["param"] == param
+
+
+async def test_a_follow_up_counts_the_tokens_it_will_have(server: Server, client: openai.AsyncOpenAI) -> None:
+    server.engine.script("T</think>A")
+    first = await client.responses.create(model="tiny", input="hi", instructions="Be kind.")
+    asked: Any = {"model": "tiny", "input": "and?", "instructions": "Be brief.", "previous_response_id": first.id}
+    counted = await client.responses.input_tokens.count(**asked)
+    second = await client.responses.create(**asked)
+    assert second.usage is not None
+    assert counted.input_tokens == second.usage.input_tokens
+    assert "Be brief." in prompt_of(server)
+    assert "Be kind." not in prompt_of(server)
+
+
+async def test_a_stored_response_is_not_streamed_again(server: Server) -> None:
+    server.engine.script("</think>A")
+    answer = await server.post_json(PATH, {"input": "hi"})
+    assert (await server.get(f"{PATH}/{answer['id']}?stream=true")).status == 400
 
 
 async def test_an_id_tells_which_node_keeps_the_response(server: Server) -> None:
