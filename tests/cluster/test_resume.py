@@ -1,0 +1,93 @@
+"""Decode nodes are killed while they stream: every client gets the tokens of an undisturbed run, once each."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+
+from tests.cluster.client import prompts_of_lengths
+from tests.cluster.harness import Cluster
+
+NUM_STREAMS = 8
+NUM_TOKENS = 200
+# Float32 without quantisation: a token computed as part of a prompt then has the state of one that was decoded, up to
+# the order of additions.
+PLAIN: dict[str, Any] = {"engine": {"numerics": "plain", "dtype": "float32", "block_size": 32}}
+
+
+async def stream(
+    session: aiohttp.ClientSession, url: str, prompt: list[int], sampling: dict[str, Any]
+) -> AsyncIterator[dict[str, Any]]:
+    """The choice of every chunk until [DONE]."""
+    body = {"prompt": prompt, "max_tokens": NUM_TOKENS, "ignore_eos": True, "stream": True, "return_token_ids": True}
+    async with session.post(f"{url}/v1/completions", json=body | sampling) as response:
+        assert response.status == 200, await response.text()
+        ids = set()
+        async for line in response.content:
+            if line.startswith(b"data: [DONE]"):
+                assert len(ids) == 1, f"chunks of several responses: {ids}"
+                return
+            if line.startswith(b"data: "):
+                chunk = json.loads(line.removeprefix(b"data: "))
+                assert "error" not in chunk, chunk
+                ids.add((chunk["id"], chunk["created"]))
+                for choice in chunk["choices"]:
+                    yield choice
+    raise AssertionError("the stream has no end")
+
+
+async def run_all(url: str, prompts: list[list[int]], sampling: list[dict[str, Any]], kill: Any = None) -> list[Any]:
+    """(text, ids, logprobs, finish reason) of every stream; `kill` is called once when all are well under way."""
+    under_way = asyncio.Semaphore(0)
+
+    async def one(session: aiohttp.ClientSession, prompt: list[int], fields: dict[str, Any]) -> Any:
+        text, ids, logprobs, finish = "", [], [], None
+        async for choice in stream(session, url, prompt, fields):
+            text += choice["text"]
+            ids += choice["token_ids"]
+            logprobs += choice["logprobs"]["token_logprobs"]
+            finish = choice["finish_reason"] or finish
+            if len(ids) == 5:
+                under_way.release()
+        return text, ids, logprobs, finish
+
+    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=120)) as session:
+        tasks = [asyncio.create_task(one(session, p, s)) for p, s in zip(prompts, sampling, strict=True)]
+        for _ in tasks:
+            await asyncio.wait_for(under_way.acquire(), 60)
+        if kill is not None:
+            assert not any(task.done() for task in tasks), "the streams ended before the node was killed"
+            kill()
+        return await asyncio.gather(*tasks)
+
+
+async def test_streams_outlive_their_decode_node_token_for_token(tmp_path: Path, tiny_checkpoint: Path) -> None:
+    prompts = prompts_of_lengths([3, 40, 64, 100, 128, 257, 300, 31], seed=23)
+    # Half greedy, half sampled with a seed: randomness counts by position.
+    sampling: list[dict[str, Any]] = [
+        {"temperature": 0, "logprobs": 1} if i % 2 else {"temperature": 0.8, "seed": i, "logprobs": 1, "top_p": 0.9}
+        for i in range(NUM_STREAMS)
+    ]
+    cluster = Cluster(tmp_path, tiny_checkpoint, both=PLAIN, decode=[{}, {}])
+    async with cluster:
+        undisturbed = await run_all(cluster.url, prompts, sampling)
+        victim = cluster.decode[0]
+        disturbed = await run_all(cluster.url, prompts, sampling, kill=victim.kill)
+        for number, (got, expected) in enumerate(zip(disturbed, undisturbed, strict=True)):
+            assert got[1] == expected[1], f"stream {number}"
+            assert got[0] == expected[0]
+            assert got[2] == pytest.approx(expected[2], abs=1e-3)
+            assert got[3] == "length"
+            assert len(got[1]) == NUM_TOKENS
+        async with aiohttp.ClientSession() as session, session.get(f"{cluster.url}/metrics") as response:
+            metrics = await response.text()
+        resumed = [line for line in metrics.splitlines() if line.startswith("tandem_router_resumes_total ")]
+        assert float(resumed[0].split()[1]) >= NUM_STREAMS // 2, resumed
+        victim.start()
+        await cluster.wait_joined()
+        await cluster.wait_proven()
+        await cluster.wait_idle()
