@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from kernels.batch_index import BatchIndex, ranges
+from kernels.dispatch import use_triton
 from kernels.packed_rows import PackedRows, store_rows
 from kernels.rms_norm import rms_norm
 from kernels.rope import rope, rope_angles
@@ -220,6 +221,12 @@ def compress_overlapping(
     dtype: torch.dtype,
 ) -> None:
     """CSA: advances the slot's rows by the new tokens and stores every entry that closes. `dtype`: activations."""
+    if use_triton(value_T2C):
+        from kernels.triton_compressor import compress_overlapping_triton, fits_gpu
+
+        if fits_gpu(partial.shape[3] // 2, target):
+            compress_overlapping_triton(value_T2C, score_T2C, ape_m2C, partial, overlap, index, target, dtype)
+            return
     compress_overlapping_ref(value_T2C, score_T2C, ape_m2C, partial, overlap, index, target, dtype)
 
 
@@ -233,4 +240,10 @@ def compress_pending(
     dtype: torch.dtype,
 ) -> None:
     """HCA: advances the slot's online sums by the new tokens and stores every entry that closes."""
+    if use_triton(value_TC):
+        from kernels.triton_compressor import compress_pending_triton, fits_gpu
+
+        if fits_gpu(pending.shape[2], target):
+            compress_pending_triton(value_TC, score_TC, ape_mC, pending, index, target, dtype)
+            return
     compress_pending_ref(value_TC, score_TC, ape_mC, pending, index, target, dtype)

@@ -12,11 +12,30 @@ import torch
 from torch import Tensor
 
 from kernels.batch_index import BatchIndex
-from kernels.packed_rows import PackedRows, read_rows
+from kernels.dispatch import use_triton
+from kernels.hadamard import hadamard
+from kernels.packed_rows import PackedRows, read_rows, simulate_row
+from kernels.rope import rope
 from kernels.row_linear import row_linear
 
 MAX_LOGITS = 1 << 24
 """Head logits the twin holds at once."""
+
+
+def index_query_ref(query_THD: Tensor, angles: tuple[Tensor, Tensor], keys: PackedRows, *, simulate: bool) -> Tensor:
+    query_THD = rope(query_THD, *angles)
+    return simulate_row(keys, hadamard(query_THD)) if simulate else query_THD
+
+
+def index_query(query_THD: Tensor, angles: tuple[Tensor, Tensor], keys: PackedRows, *, simulate: bool) -> Tensor:
+    """Queries [T, H, D] as projected -> rotated and, with `simulate`, Hadamard-transformed and rounded as the keys are.
+    The input may be overwritten."""
+    if use_triton(query_THD):
+        from kernels.triton_index_query import fits, index_query_triton
+
+        if fits(query_THD, keys):
+            return index_query_triton(query_THD, angles, keys, simulate=simulate)
+    return index_query_ref(query_THD, angles, keys, simulate=simulate)
 
 
 def index_scores_ref(q_THD: Tensor, keys_LD: Tensor, weights_TH: Tensor) -> Tensor:
@@ -33,11 +52,15 @@ def top_entries_ref(scores_TL: Tensor, candidates_T: Tensor, topk: int) -> Tenso
 
 
 def all_entries(index: BatchIndex, ratio: int, limit: int | None = None) -> Tensor:
-    """int32 [T, K]: every entry visible to each token, -1 beyond; K = the most visible, at most `limit`."""
+    """int32 [T, K]: every entry visible to each token, -1 beyond; K = the most visible, at most `limit`. On a GPU,
+    where asking would wait for it, K = the most that a row of the page table can name."""
 
     def build() -> Tensor:
         visible = (index.positions_T + 1) // ratio
-        most = int(visible.max()) if visible.numel() else 0
+        if use_triton(visible):
+            most = index.page_table.shape[1] * (index.page_tokens // ratio)
+        else:
+            most = int(visible.max()) if visible.numel() else 0
         entry = torch.arange(most if limit is None else min(most, limit), device=visible.device, dtype=torch.int32)
         return torch.where(entry < visible[:, None], entry, -1)
 
@@ -86,4 +109,10 @@ def select_entries(
     q_THD: Tensor, weights_TH: Tensor, keys: PackedRows, index: BatchIndex, ratio: int, topk: int
 ) -> Tensor:
     """q [T, H, D] rotated (and quantised as the keys are); weights float32 [T, H]; -> int32 [T, <= topk], -1 = none."""
+    if use_triton(q_THD):
+        from kernels.triton_index_scores import fits
+        from kernels.triton_indexer import select_entries_triton
+
+        if fits(q_THD, keys):
+            return select_entries_triton(q_THD, weights_TH, keys, index, ratio, topk)
     return select_entries_ref(q_THD, weights_TH, keys, index, ratio, topk)

@@ -9,7 +9,7 @@ experts is float32. Source: DeepSeek-V4's released program. Bound by the reads o
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +18,10 @@ from torch.nn import functional
 from kernels.dispatch import use_triton
 from kernels.quantize import dequantize_fp4, simulate_fp8
 from kernels.row_linear import row_linear
+from kernels.wide_linear import wide_linear
+
+if TYPE_CHECKING:
+    from kernels.packed_experts import PackedBank
 
 ACTIVATION_BLOCK = 128
 WEIGHT_GROUP = 32
@@ -106,7 +110,7 @@ def route_by_score(x_TD: Tensor, gate_ED: Tensor, bias_E: Tensor, topk: int, sca
     if use_triton(x_TD):
         from kernels.triton_gate import pick_experts
 
-        return pick_experts(row_linear(x_TD.float(), gate_ED), topk, scale, bias_E=bias_E)
+        return pick_experts(wide_linear(x_TD, gate_ED), topk, scale, bias_E=bias_E)
     return route_by_score_ref(x_TD, gate_ED, bias_E, topk, scale)
 
 
@@ -118,30 +122,50 @@ def route_by_token(
         from kernels.triton_gate import pick_experts
 
         given = experts_VK[token_ids_T].contiguous()
-        return pick_experts(row_linear(x_TD.float(), gate_ED), given.shape[1], scale, given_TK=given)
+        return pick_experts(wide_linear(x_TD, gate_ED), given.shape[1], scale, given_TK=given)
     return route_by_token_ref(x_TD, gate_ED, experts_VK, token_ids_T, scale)
 
 
 def swiglu(gate: Tensor, up: Tensor, limit: float) -> Tensor:
-    return swiglu_ref(gate, up, limit)
+    """[T, I] -> [T, I], rounded once to the inputs' dtype."""
+    if use_triton(gate):
+        from kernels.triton_swiglu import swiglu_triton
+
+        return swiglu_triton(gate, up, limit, gate.dtype)
+    return swiglu_ref(gate, up, limit).to(gate.dtype)
 
 
 def routed_experts(
-    x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, local: ExpertWeights, *, limit: float, simulate: bool
+    x_TD: Tensor,
+    experts_TK: Tensor,
+    weights_TK: Tensor,
+    local: ExpertWeights | PackedBank,
+    *,
+    limit: float,
+    simulate: bool,
+    num_experts: int | None = None,
 ) -> Tensor:
     """Sum over the local experts of those each token chose: float32 [T, D].
 
-    `simulate` rounds the inputs of both products to e4m3 in blocks of 128, as the released program does."""
+    `simulate` rounds the inputs of both products to e4m3 in blocks of 128, as the released program does.
+    `num_experts`: among how many the tokens chose, here and elsewhere; None: the local ones. Changes speed only.
+    """
     if use_triton(x_TD) and _fits_gpu(x_TD, local, simulate):
-        from kernels.gpu_experts import routed_experts_gpu
+        from kernels.gpu_experts import block_rows_for, routed_experts_gpu
 
-        # Of an unknown number of experts elsewhere: as many rows for each as if all were here.
-        rows = 16 if x_TD.shape[0] * experts_TK.shape[1] <= 16 * local.w13.shape[0] else 64
+        total = num_experts or (local.w13.shape[0] if isinstance(local, ExpertWeights) else local.up.data.shape[0])
+        rows = block_rows_for(x_TD.shape[0], experts_TK.shape[1], total)
         return routed_experts_gpu(x_TD, experts_TK, weights_TK, local, limit=limit, block_rows=rows)
+    if not isinstance(local, ExpertWeights):
+        raise ValueError(f"packed experts need bfloat16 rows and the released rounding, not {x_TD.dtype}")
     return routed_experts_ref(x_TD, experts_TK, weights_TK, local, limit=limit, simulate=simulate)
 
 
-def _fits_gpu(x_TD: Tensor, local: ExpertWeights, simulate: bool) -> bool:
+def _fits_gpu(x_TD: Tensor, local: ExpertWeights | PackedBank, simulate: bool) -> bool:
     """The kernels know packed experts of whole blocks of 128 and the released rounding of inputs."""
+    if not simulate or x_TD.dtype != torch.bfloat16:
+        return False
+    if not isinstance(local, ExpertWeights):
+        return bool(x_TD.is_cuda)
     blocks = x_TD.shape[1] % ACTIVATION_BLOCK == 0 and local.w13.shape[1] // 2 % ACTIVATION_BLOCK == 0
-    return bool(simulate and local.w13_scale is not None and x_TD.dtype == torch.bfloat16 and blocks)
+    return bool(local.w13_scale is not None and blocks)

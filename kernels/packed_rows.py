@@ -20,6 +20,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from kernels.dispatch import use_triton
 from kernels.hadamard import hadamard
 from kernels.quantize import (
     decode_e4m3,
@@ -121,6 +122,12 @@ def simulate_row_ref(pool: PackedRows, values: Tensor) -> Tensor:
 def store_rows(pool: PackedRows, page: Tensor, row: Tensor, values: Tensor, *, simulate: bool) -> None:
     """Writes KV rows or index keys. With `simulate` index keys are Hadamard-rotated first, and plain formats hold the
     values that the released program's quantisation leaves."""
+    if use_triton(values):
+        from kernels.triton_rows import fits, store_rows_triton
+
+        if fits(pool):
+            store_rows_triton(pool, page, row, values, simulate=simulate)
+            return
     if simulate and not pool.rope_dim:
         values = hadamard(values)
     if simulate and pool.scales is None:

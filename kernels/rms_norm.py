@@ -11,6 +11,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from kernels.dispatch import use_triton
+
 
 def rms_norm_ref(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     wide = x.float()
@@ -32,4 +34,9 @@ def _constant(value: float, device: torch.device) -> Tensor:
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """The channels of x are contiguous, and so are all its dimensions but the first."""
+    if use_triton(x):
+        from kernels.triton_norm import rms_norm_triton
+
+        return rms_norm_triton(x, weight, eps)
     return rms_norm_ref(x, weight, eps)

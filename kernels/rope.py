@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kernels.dispatch import use_triton
+
 
 def rope_angles(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
     """positions int [T], frequencies float32 [R / 2] -> cos, sin float32 [T, R / 2]."""
@@ -30,5 +32,9 @@ def rope_ref(x: Tensor, cos: Tensor, sin: Tensor, *, inverse: bool = False) -> T
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor, *, inverse: bool = False) -> Tensor:
-    """-> x, rotated."""
+    """-> x, rotated. Channels are contiguous, and so are heads."""
+    if use_triton(x):
+        from kernels.triton_rotary import rotate_in_place
+
+        return rotate_in_place(x, cos, sin, inverse=inverse)
     return rope_ref(x, cos, sin, inverse=inverse)

@@ -2,10 +2,11 @@
 
 T tokens, H heads, D channels (a power of two), the last R of them rotary; cos, sin float32 [T, R / 2].
 
+rotate_in_place: the rotation of the twins' rope, reading and writing the rotary channels alone.
 norm_rope: per-head RMS norm without weight, rounded to x's dtype, then the rotation (rms_norm and rope of the twins).
 inverse_rope_quantize: the rotation back, rounded, then e4m3 with a scale per 128 channels, as the FP8 output projection
 takes it (rope and quantize_fp8 of the twins).
-Plain channels go through the rotation with cos 1 and sin 0, which is exact. Bound by memory.
+Bound by memory.
 """
 
 from __future__ import annotations
@@ -17,24 +18,10 @@ from torch import Tensor
 
 from kernels.triton_common import INTERPRET, power_of_two_scale, to_bf16, to_e4m3
 from kernels.triton_quantize import GROUP, QuantizedRows, scale_stride
+from kernels.triton_rows import rotate
 
 TILE = 4096
 """Elements a program holds."""
-
-
-@triton.jit
-def _rotated(x, cos, sin, token, ROPE: tl.constexpr, INVERSE: tl.constexpr):
-    """x float32 [heads, D] -> float32 [heads, D]."""
-    heads: tl.constexpr = x.shape[0]
-    width: tl.constexpr = x.shape[1]
-    pair = tl.arange(0, width // 2) - (width - ROPE) // 2
-    rotary = pair >= 0
-    c = tl.load(cos + token * (ROPE // 2) + pair, mask=rotary, other=1.0)[None, :]
-    s = tl.load(sin + token * (ROPE // 2) + pair, mask=rotary, other=0.0)[None, :]
-    if INVERSE:
-        s = -s
-    a, b = tl.split(tl.reshape(x, (heads, width // 2, 2)))
-    return tl.reshape(tl.join(a * c - b * s, b * c + a * s), (heads, width))
 
 
 @triton.jit
@@ -50,7 +37,7 @@ def _norm_rope_kernel(
     value = value * tl.rsqrt(tl.sum(value * value, axis=1) / WIDTH + eps)[:, None]
     if BF16:
         value = to_bf16(value, INTERPRET).to(tl.float32)
-    value = _rotated(value, cos, sin, token, ROPE, False)
+    value = rotate(value, cos, sin, token, ROPE, False)
     target = output + (token * num_heads + head[:, None]) * WIDTH + channel[None, :]
     tl.store(target, to_bf16(value, INTERPRET) if BF16 else value, mask=inside)
 
@@ -65,7 +52,7 @@ def _inverse_rope_quantize_kernel(
     head, channel = first + tl.arange(0, HEADS), tl.arange(0, WIDTH)
     inside = (head < num_heads)[:, None]
     value = tl.load(x + token * stride_x + head[:, None] * WIDTH + channel[None, :], mask=inside, other=0.0)
-    value = _rotated(value.to(tl.float32), cos, sin, token, ROPE, True)
+    value = rotate(value.to(tl.float32), cos, sin, token, ROPE, True)
     if BF16:
         value = to_bf16(value, INTERPRET).to(tl.float32)
     groups: tl.constexpr = HEADS * WIDTH // 128
@@ -75,6 +62,44 @@ def _inverse_rope_quantize_kernel(
     tl.store(codes + (token * num_heads + head[:, None]) * WIDTH + channel[None, :], code, mask=inside)
     group = first * (WIDTH // 128) + tl.arange(0, groups)
     tl.store(scales + group.to(tl.int64) * stride_scales + token, scale, mask=group < num_heads * (WIDTH // 128))
+
+
+@triton.jit
+def _rotate_kernel(
+    x, cos, sin, num_heads, width, stride_x,
+    HEADS: tl.constexpr, HALF: tl.constexpr, PAIRS: tl.constexpr, INVERSE: tl.constexpr, BF16: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    head, pair = tl.program_id(1) * HEADS + tl.arange(0, HEADS), tl.arange(0, PAIRS)
+    c = tl.load(cos + token * HALF + pair, mask=pair < HALF, other=0.0)[None, :]
+    s = tl.load(sin + token * HALF + pair, mask=pair < HALF, other=0.0)[None, :]
+    if INVERSE:
+        s = -s
+    inside = (head < num_heads)[:, None] & (pair < HALF)[None, :]
+    place = x + token * stride_x + head[:, None] * width + width - 2 * HALF + 2 * pair[None, :]
+    a = tl.load(place, mask=inside, other=0.0).to(tl.float32)
+    b = tl.load(place + 1, mask=inside, other=0.0).to(tl.float32)
+    first, second = a * c - b * s, b * c + a * s
+    tl.store(place, to_bf16(first, INTERPRET) if BF16 else first, mask=inside)
+    tl.store(place + 1, to_bf16(second, INTERPRET) if BF16 else second, mask=inside)
+
+
+def rotate_in_place(x: Tensor, cos: Tensor, sin: Tensor, *, inverse: bool) -> Tensor:
+    """x bf16 or float32 [T, ..., D], contiguous but for its first dimension -> x."""
+    num_tokens, width = x.shape[0], x.shape[-1]
+    if not x.numel():
+        return x
+    if not x[0].is_contiguous():
+        raise ValueError(f"x {list(x.shape)} with strides {list(x.stride())}: heads must be contiguous")
+    num_heads, half = x[0].numel() // width, cos.shape[1]
+    pairs = triton.next_power_of_2(half)
+    heads = min(triton.next_power_of_2(num_heads), max(1, TILE // (4 * pairs)))
+    _rotate_kernel[(num_tokens, triton.cdiv(num_heads, heads))](
+        x, cos, sin, num_heads, width, x.stride(0), HEADS=heads, HALF=half, PAIRS=pairs, INVERSE=inverse,
+        BF16=x.dtype == torch.bfloat16, INTERPRET=INTERPRET, num_warps=2,
+    )  # fmt: skip
+    return x
 
 
 def _check(x_THD: Tensor, cos: Tensor) -> tuple[int, int]:

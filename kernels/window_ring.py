@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kernels.batch_index import BatchIndex
+from kernels.dispatch import use_triton
 from kernels.packed_rows import PackedRows, copy_rows
 
 
@@ -26,4 +27,9 @@ def insert_window_ref(chunk: PackedRows, ring: PackedRows, index: BatchIndex) ->
 
 
 def insert_window(chunk: PackedRows, ring: PackedRows, index: BatchIndex) -> None:
+    if use_triton(chunk.data):
+        from kernels.triton_rows import insert_window_triton
+
+        insert_window_triton(chunk, ring, index)
+        return
     insert_window_ref(chunk, ring, index)
