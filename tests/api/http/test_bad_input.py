@@ -111,7 +111,7 @@ WRONG_FIELDS: list[tuple[str, Any]] = [
     ("cache_salt", ""),
     ("cache_salt", "a/b"),
     ("request_id", ""),
-    ("thinking_token_budget", 5),
+    ("thinking_token_budget", -2),
     ("structured_outputs", {}),
     ("kv_transfer_params", 5),
     ("kv_transfer_params", {"do_remote_decode": True}),

@@ -254,10 +254,8 @@ async def test_a_wrong_field_is_named(server: Server, fields: dict[str, Any], pa
     [
         ({"instructions": "I", "input": [{"role": "user", "content": 5}]}, "input.0.content"),
         ({"input": [{"type": "reasoning"}, {"role": "assistant", "content": "x"}, {"role": "king"}]}, "input.2.role"),
-        (
-            {"input": [{"type": "function_call", "call_id": "c"}, {"role": "user", "content": "x"}]},
-            "input.0.0.function",
-        ),
+        ({"input": [{"type": "function_call", "call_id": "c"}]}, "input.0.name"),
+        ({"input": [{"type": "function_call", "call_id": "c", "name": "f", "arguments": 5}]}, "input.0.arguments"),
         (
             {
                 "instructions": "I",

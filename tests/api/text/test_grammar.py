@@ -392,6 +392,41 @@ async def test_a_queue_of_grammars_that_is_too_long_is_no_fault_of_the_grammar(s
     planner.close()
 
 
+@pytest.mark.parametrize("budget", [0, 1, 5])
+async def test_a_thinking_budget_ends_the_reasoning_and_binds_nothing_else(planner, matchers, small, budget):
+    spec = await planner.for_chat(chat(THINKING, tools=(PING,)), None, "p", thinking_budget=budget)
+    matcher = matchers(spec)
+    reasoning = small.encode("abcdefgh")[:budget]
+    end = small.id_of(markers.THINK_CLOSE)
+    for token_id in reasoning:
+        assert {token_id, end, small.eos_id} <= mask_of(matcher, small)
+        matcher.accept(token_id)
+    assert mask_of(matcher, small) == {end}
+    with pytest.raises(RequestError, match=f"{budget} tokens of reasoning"):
+        matcher.accept(small.encode("x")[0])
+    matcher.accept(end)
+    answer = "An answer that is longer." + block('name="ping">\n\n')
+    assert follow(matcher, small, answer) == answer
+    assert can_end(matcher, small)
+
+
+async def test_a_thinking_budget_leaves_reasoning_that_ends_by_itself_alone(planner, matchers, small):
+    spec = await planner.for_chat(chat(THINKING), None, "p", thinking_budget=20)
+    assert follow(matchers(spec), small, "short</think>" + "x" * 50) == "short</think>" + "x" * 50
+    # A tool call that the model begins inside the reasoning ends it too, and is not cut in two.
+    spec = await planner.for_chat(chat(THINKING, tools=(WEATHER,)), None, "p", thinking_budget=8)
+    call = "hm" + block(OSLO)
+    assert follow(matchers(spec), small, call) == call
+
+
+async def test_a_thinking_budget_goes_with_a_format_and_without_thinking_means_nothing(planner, matchers, small):
+    spec = await planner.for_chat(chat(THINKING), json_schema_format(PERSON, "p"), "p", thinking_budget=2)
+    matcher = matchers(spec)
+    assert follow(matcher, small, "abc") == small.decode(small.encode("abc")[:2])
+    assert follow(matcher, small, '</think>{"name": "Ann", "age": 3}').endswith("3}")
+    assert await planner.for_chat(chat(PLAIN), None, "p", thinking_budget=2) is None
+
+
 def test_bytes_that_are_no_constraint_are_refused(matchers):
     with pytest.raises(RequestError):
         matchers(b"\x00nonsense")
