@@ -141,7 +141,7 @@ class ChatResponse:
         text = self._reader.plain(number, tokens) if self._only_deltas else ""
         if not text:
             return b""
-        delta = self._reasoning_delta(text) if self._reader.in_reasoning(number) else _content_delta(text)
+        delta = self._reasoning_delta(text) if self._reader.in_reasoning else _content_delta(text)
         return self._openings[number] + delta + _NOTHING_MORE
 
     def _step(self, number: int, tokens: Tokens) -> bytes:

@@ -27,7 +27,7 @@ class Generation:
         self._all = tuple(streams)
         self._live = list(enumerate(streams))
         self._loop = asyncio.get_running_loop()
-        self._turn = turn or Turn()
+        self.turn = turn or Turn()
         self._waiter: asyncio.Future[None] | None = None
         self._listener: Callable[[], None] | None = None
         self._aborted: TandemError | None = None
@@ -85,7 +85,7 @@ class Generation:
     def wake(self) -> None:
         """Make `wait` return, or call the listener, even if nothing has arrived."""
         if self._listener is not None:
-            self._turn.soon(self._call_listener)
+            self.turn.soon(self._call_listener)
             return
         waiter = self._waiter
         if waiter is not None and not waiter.done():

@@ -60,6 +60,8 @@ class Reader:
         self._clock = asyncio.get_running_loop().time
         self._prompt_lengths = [len(submit.prompt_ids) for submit in submission.submits]
         self._outputs: list[Output | None] = list(outputs)
+        self.in_reasoning = False
+        """Whether the text that `plain` returned last is reasoning."""
         self._timers: list[_Timer] = [RequestTimer(context.metrics, rank, arrived) for _ in submission.submits]
         context.metrics.observe("request_params_n", rank, submission.choices_per_prompt)
         context.metrics.observe("request_params_max_tokens", rank, submission.submits[0].sampling.max_tokens)
@@ -88,20 +90,15 @@ class Reader:
         output = self._outputs[number]
         if output is None or tokens.finish_reason is not None or tokens.prompt_tokens:
             return ""
-        token_ids = tokens.token_ids
-        text = output.plain(token_ids)
+        text = output.plain(tokens.token_ids)
         if text:
-            count = len(token_ids)
+            count = len(tokens.token_ids)
             self.usage.completion_tokens += count
-            if output.in_reasoning:
+            self.in_reasoning = output.in_reasoning
+            if self.in_reasoning:
                 self.usage.reasoning_tokens += count
             self._timers[number].tokens(count, self._clock())
         return text
-
-    def in_reasoning(self, number: int) -> bool:
-        """Whether the text that `plain` returned last for this choice is reasoning."""
-        output = self._outputs[number]
-        return output is not None and output.in_reasoning
 
     @contextmanager
     def unseen(self) -> Iterator[None]:

@@ -22,8 +22,6 @@ log = logging.getLogger(__name__)
 KEEP_ALIVE = b": keep-alive\n\n"
 DONE = b"data: [DONE]\n\n"
 PATH_HEADER = "X-Tandem-Path"
-MAX_UNSENT_BYTES = 64 * 1024
-"""A client that leaves more than this unread gets nothing new until it has caught up."""
 
 
 class EventWriter(Protocol):
@@ -138,7 +136,7 @@ class _Pump:
 
     With hundreds of streams in turn, resuming a handler for each token costs more than everything done with it. So the
     frames go straight to the transport, each as one HTTP chunk, once aiohttp has sent the headers. The coroutine is
-    woken at the end, for an error, and when the client reads too slowly.
+    woken at the end, for an error, and when the client reads so slowly that the transport's buffer is full.
     """
 
     def __init__(
@@ -154,8 +152,10 @@ class _Pump:
         if transport is None:
             raise ConnectionResetError("the client is gone")
         self._transport = transport
+        self._protocol = request.protocol
         self._is_chunked = request.version >= HttpVersion11
         self._generation = generation
+        self._turn = generation.turn
         self._writer = writer
         self._pulse = pulse
         self._is_noted = is_noted and self._is_chunked
@@ -169,16 +169,19 @@ class _Pump:
 
     def send(self, data: bytes, arrived: Sequence[tuple[int, Tokens]], *, last: bool = False) -> None:
         """Write frames as one chunk, with a note of the tokens they come from where that was asked for."""
+        if chunk := self._chunk(data, arrived, last=last):
+            self._transport.write(chunk)
+
+    def _chunk(self, data: bytes, arrived: Sequence[tuple[int, Tokens]], *, last: bool = False) -> bytes:
         if self._is_noted:
             self._unnoted += ids_of(arrived)
         if not data:
             # An empty chunk would end the answer.
-            return
+            return b""
         if not self._is_noted:
-            self._transport.write(b"%x\r\n%b\r\n" % (len(data), data) if self._is_chunked else data)
-            return
-        self._transport.write(b"%x%b\r\n%b\r\n" % (len(data), note(self._unnoted, last=last), data))
-        self._unnoted = []
+            return b"%x\r\n%b\r\n" % (len(data), data) if self._is_chunked else data
+        notes, self._unnoted = note(self._unnoted, last=last), []
+        return b"%x%b\r\n%b\r\n" % (len(data), notes, data)
 
     async def run(self, drain: Callable[[], Awaitable[None]]) -> tuple[bytes, Sequence[tuple[int, Tokens]]]:
         """Until every choice has ended. Returns the last frames, which are not written yet, and what they come from.
@@ -206,6 +209,11 @@ class _Pump:
     def _on_arrival(self) -> None:
         if self._is_congested or self._is_over:
             return
+        if self._protocol.writing_paused:
+            # The client has not read what it got: it gets nothing new until it has caught up.
+            self._is_congested = True
+            self._wake()
+            return
         try:
             arrived = self._generation.take()
             data = self._writer.feed(arrived)
@@ -221,12 +229,9 @@ class _Pump:
             return
         if not arrived and self._pulse.is_due():
             data = KEEP_ALIVE
-        self.send(data, arrived)
-        if data:
+        if chunk := self._chunk(data, arrived):
+            self._turn.write(self._transport, chunk)
             self._pulse.sent()
-            if self._transport.get_write_buffer_size() > MAX_UNSENT_BYTES:
-                self._is_congested = True
-                self._wake()
 
     def _wake(self) -> None:
         if self._needs_care is not None and not self._needs_care.done():

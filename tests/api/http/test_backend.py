@@ -1,11 +1,13 @@
 """The queue between an engine and one request, and the reading of several through one wake-up."""
 
 import asyncio
+from functools import partial
 
 import pytest
 
 from api.backend import TokenQueue, failure
 from api.generation import Generation
+from api.turn import Turn
 from runtime.errors import EngineError, Overloaded, RequestError, TransferError
 from runtime.requests import RequestFailed, Tokens
 
@@ -104,6 +106,55 @@ async def test_a_listener_is_called_once_for_all_that_came_in_one_turn_of_the_lo
     queues[0].push(tokens(3))
     await asyncio.sleep(0.01)
     assert taken == [6]
+
+
+class Pipe:
+    """The part of a transport that writes."""
+
+    def __init__(self, log: list[str], *, closing: bool = False) -> None:
+        self._log = log
+        self._closing = closing
+
+    def is_closing(self) -> bool:
+        return self._closing
+
+    def write(self, data: bytes) -> None:
+        self._log.append(data.decode())
+
+
+async def test_a_turn_reads_everything_before_it_writes_anything() -> None:
+    log: list[str] = []
+    turn = Turn()
+
+    def reads(name: str, *, closing: bool = False) -> None:
+        log.append(f"read {name}")
+        turn.write(Pipe(log, closing=closing), f"write {name}".encode())  # type: ignore[arg-type]
+
+    listeners = {name: partial(reads, name, closing=name == "c") for name in "abc"}
+    for name in "abcab":
+        turn.soon(listeners[name])
+    await asyncio.sleep(0)
+    assert log == ["read a", "read b", "read c", "write a", "write b"]
+    turn.write(Pipe(log), b"alone")  # type: ignore[arg-type]
+    await asyncio.sleep(0)
+    assert log[5:] == ["alone"]
+
+
+async def test_a_listener_that_fails_takes_nothing_from_the_others(caplog: pytest.LogCaptureFixture) -> None:
+    called: list[int] = []
+    turn = Turn()
+
+    def fails_and_comes_back() -> None:
+        turn.soon(lambda: called.append(2))
+        raise ValueError("broken")
+
+    turn.soon(fails_and_comes_back)
+    turn.soon(lambda: called.append(1))
+    await asyncio.sleep(0)
+    assert called == [1]
+    assert "broken" in caplog.text
+    await asyncio.sleep(0)
+    assert called == [1, 2]
 
 
 async def test_a_submission_that_is_refused_halfway_leaves_nothing_running() -> None:

@@ -147,3 +147,21 @@ async def test_a_reader_that_stops_reading_does_not_stop_the_others(serve: Any) 
             await server.post_json(COMPLETIONS, {"prompt": "a", "max_tokens": 50})
     slow.close()
     await until(lambda: server.engine.num_running == 0)
+
+
+async def test_a_reader_that_falls_far_behind_misses_nothing(serve: Any) -> None:
+    server = await serve(ApiSettings(), step_s=0.0, tokens_per_step=20)
+    body = {"prompt": "a", "max_tokens": 4000, "temperature": 0, "logprobs": 20}
+    whole = await server.post_json(COMPLETIONS, body)
+    reader, writer = await raw_request(server, COMPLETIONS, {**body, "stream": True})
+    await reader.readuntil(b"data: ")
+    reader._transport.pause_reading()  # type: ignore[attr-defined]
+    await until(lambda: server.engine.num_running == 0, timeout_s=30.0)
+    reader._transport.resume_reading()  # type: ignore[attr-defined]
+    raw = b"data: "
+    async with asyncio.timeout(30.0):
+        while not raw.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n"):
+            raw += await reader.read(1 << 20)
+    writer.close()
+    frames = [json.loads(line[6:]) for line in raw.split(b"\n") if line.startswith(b"data: {")]
+    assert "".join(frame["choices"][0]["text"] for frame in frames) == whole["choices"][0]["text"]
