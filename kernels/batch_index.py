@@ -38,7 +38,7 @@ class BatchIndex:
     """int32 [B, max_pages]: page of tokens [i * page_tokens, (i + 1) * page_tokens)."""
     page_tokens: int
     one_token_each: bool = False
-    """Known to the host: every request has exactly one token, T = B. Ops then write state in the launch that reads it."""
+    """Known to the host: every request has one token, T = B. Ops then write state in the launch that reads it."""
     _plans: dict[Hashable, Any] = field(default_factory=dict, repr=False)
 
     @property

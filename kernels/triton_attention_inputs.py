@@ -41,17 +41,17 @@ def _inputs_kernel(
         target = output + (token * num_heads + head[:, None]) * WIDTH + channel[None, :]
         tl.store(target, to_bf16(x, INTERPRET) if BF16 else x, mask=inside)
     else:
-        x = tl.load(row + token * stride_row + channel).to(tl.float32)
-        x = finish_row(x, norm, eps, cos, sin, token, WIDTH, ROPE, BF16, INTERPRET)
+        kv = tl.load(row + token * stride_row + channel).to(tl.float32)
+        kv = finish_row(kv, norm, eps, cos, sin, token, WIDTH, ROPE, BF16, INTERPRET)
         store_row(
-            x, chunk, chunk_wide, chunk_scales, token * stride_chunk, token * stride_chunk_scales, scale_bytes,
+            kv, chunk, chunk_wide, chunk_scales, token * stride_chunk, token * stride_chunk_scales, scale_bytes,
             WIDTH, BITS, ROPE, FORMAT, SIMULATE, BF16, INTERPRET,
         )  # fmt: skip
         if INSERT:
             slot = tl.load(slot_ids + tl.load(requests + token)).to(tl.int64)
             place = tl.load(positions + token) % WINDOW
             store_row(
-                x, ring, ring_wide, ring_scales, slot * stride_slot + place * stride_place,
+                kv, ring, ring_wide, ring_scales, slot * stride_slot + place * stride_place,
                 slot * stride_slot_scales + place * stride_place_scales, scale_bytes,
                 WIDTH, BITS, ROPE, FORMAT, SIMULATE, BF16, INTERPRET,
             )  # fmt: skip
