@@ -160,7 +160,7 @@ def measure(samplings: list[dict[str, Any]], turnover: bool, arguments: argparse
     watch.wrap(engine._runner, "_forward", "device")
     watch.wrap(step_loop, "plan_step", "schedule")
     watch.wrap(device_step, "sample", "device", instead=device.sample)
-    watch.wrap(engine, "_collect", "tokens")
+    watch.wrap(engine, "_emit", "tokens")
     encode = msgspec.msgpack.Encoder().encode
     laps: list[dict[str, float]] = []
     load = Load(engine, samplings, context, turnover)

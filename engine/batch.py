@@ -1,13 +1,19 @@
-"""From what the scheduler chose to the tensors of one forward pass. No padding; decode tokens first, then chunks."""
+"""From what the scheduler chose to the tensors of one forward pass: decode tokens first, then chunks.
+
+A step without chunks may be padded to the shape of a captured one (see kernels.batch_index for what padding is); any
+other has no padding.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from engine.arena import Arena, Field
 from engine.request import Request
 from engine.rows import Rows
 from model.batch import ForwardBatch
@@ -28,73 +34,148 @@ class Chunk:
         return self.request.num_computed + self.num_tokens == self.request.num_tokens
 
 
+class PaddedShape(NamedTuple):
+    """What a captured decode step is made for."""
+
+    num_requests: int
+    num_pages: int
+    """Pages a request may have."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepBatch:
+    """The inputs of one step, on the device. Good until the next one is built."""
+
+    batch: ForwardBatch
+    num_decode: int
+    source: Tensor | None
+    """int64 [num_decode, padding included]: where among the tokens sampled by the step before each decode token is
+    found, -1 = it is in the batch. None: all are in the batch."""
+    shape: PaddedShape | None
+    """Set if the step is padded."""
+
+
 class BatchBuilder:
-    """Builds a `ForwardBatch` in host arrays that are reused from step to step.
+    """Builds the inputs of a step in memory that is reused from step to step.
 
-    On a CPU the tensors alias those arrays and `Rows`: they are good for one forward pass, before either changes.
-    """
+    spare_slot: the slot that padding writes to. On a CPU the tensors are good for one forward pass only."""
 
-    def __init__(self, max_tokens: int, max_requests: int, device: torch.device) -> None:
-        self._device = device
-        self._token_ids: NDArray[np.int64] = np.zeros(max_tokens, np.int64)
-        self._positions: NDArray[np.int64] = np.zeros(max_tokens, np.int64)
-        self._query_start: NDArray[np.int32] = np.zeros(max_requests + 1, np.int32)
-        self._context_len: NDArray[np.int32] = np.zeros(max_requests, np.int32)
-        self._slots: NDArray[np.int32] = np.zeros(max_requests, np.int32)
+    def __init__(
+        self, max_tokens: int, max_requests: int, max_pages: int, device: torch.device, *, spare_slot: int
+    ) -> None:
+        largest = _fields(max_tokens, max_requests, max_pages, max_tokens + max_requests)
+        self._arena = Arena(sum(field.num_bytes for field in largest), device)
+        self._spare_slot = spare_slot
         self._counting: NDArray[np.int64] = np.arange(max(max_tokens, max_requests + 1), dtype=np.int64)
 
-    def build(self, rows: Rows, num_decode: int, chunks: Sequence[Chunk]) -> ForwardBatch:
-        """The tokens of rows 0..num_decode-1 and of the chunks.
+    def build(
+        self, rows: Rows, num_decode: int, chunks: Sequence[Chunk], shape: PaddedShape | None = None
+    ) -> StepBatch:
+        """The tokens of rows 0..num_decode-1 and of the chunks, or of those rows padded to `shape`.
 
         Logits are wanted for the decode tokens, then for the last token of every chunk that completes its prompt, then
         for the scored positions of the chunks.
         """
-        num_tokens = num_decode + sum(chunk.num_tokens for chunk in chunks)
-        num_requests = num_decode + len(chunks)
-        self._token_ids[:num_decode] = rows.token[:num_decode]
-        self._positions[:num_decode] = rows.context_len[:num_decode]
-        self._context_len[:num_decode] = rows.context_len[:num_decode]
-        self._slots[:num_decode] = rows.slot[:num_decode]
-        self._query_start[: num_decode + 1] = self._counting[: num_decode + 1]
-        sampled: list[int] = []
-        scored: list[int] = []
+        logits_rows = self._logits_rows(num_decode, chunks)
+        if shape is None:
+            num_requests = num_decode + len(chunks)
+            num_tokens = num_decode + sum(chunk.num_tokens for chunk in chunks)
+            width = int(rows.num_pages[:num_decode].max(initial=1))
+            width = max([width, *(len(chunk.request.owned.page_ids) for chunk in chunks)])
+        else:
+            num_requests = num_tokens = shape.num_requests
+            width = shape.num_pages
+            logits_rows = self._counting[:num_requests]
+        arrays, tensors = self._arena.lay_out(_fields(num_tokens, num_requests, width, len(logits_rows)))
+        token_ids, positions, source, wanted, owner, query_start, context_len, slots, table = arrays
+        wanted[:] = logits_rows
+        token_ids[:num_decode] = rows.token[:num_decode]
+        positions[:num_decode] = rows.context_len[:num_decode]
+        source[:num_decode] = rows.source[:num_decode]
+        context_len[:num_decode] = rows.context_len[:num_decode]
+        slots[:num_decode] = rows.slot[:num_decode]
+        owner[:num_decode] = self._counting[:num_decode]
+        query_start[: num_decode + 1] = self._counting[: num_decode + 1]
+        most = min(width, rows.page_table.shape[1])
+        table[:num_decode, :most] = rows.page_table[:num_decode, :most]
+        if shape is not None:
+            self._pad(arrays, num_decode)
         end = num_decode
         for index, chunk in enumerate(chunks, start=num_decode):
             request, start, first = chunk.request, end, chunk.request.num_computed
             end += chunk.num_tokens
-            self._token_ids[start:end] = request.tokens(first, first + chunk.num_tokens)
-            self._positions[start:end] = self._counting[: chunk.num_tokens] + first
-            self._context_len[index] = first
-            self._slots[index] = request.owned.slot_id
-            self._query_start[index + 1] = end
+            token_ids[start:end] = request.tokens(first, first + chunk.num_tokens)
+            positions[start:end] = self._counting[: chunk.num_tokens] + first
+            owner[start:end] = index
+            context_len[index] = first
+            slots[index] = request.owned.slot_id
+            query_start[index + 1] = end
+            pages = request.owned.page_ids
+            table[index, : len(pages)] = pages
+            table[index, len(pages) :] = 0
+        self._arena.send()
+        feeds = shape is not None or bool((rows.source[:num_decode] >= 0).any())
+        return _step(tensors, num_requests if shape else num_decode, feeds, shape, decode_only=not chunks)
+
+    def padding(self, shape: PaddedShape) -> StepBatch:
+        """A step of nothing but padding, in the place where every step of that shape is."""
+        arrays, tensors = self._arena.lay_out(_fields(shape.num_requests, *shape, shape.num_requests))
+        arrays[3][:] = self._counting[: shape.num_requests]
+        self._pad(arrays, 0)
+        self._arena.send()
+        return _step(tensors, shape.num_requests, True, shape, decode_only=True)
+
+    def _pad(self, arrays: list[NDArray[np.int64]], num_decode: int) -> None:
+        token_ids, positions, source, _, owner, query_start, context_len, slots, table = arrays
+        for array in (token_ids, positions, context_len, table):
+            array[num_decode:] = 0
+        source[num_decode:] = -1
+        slots[num_decode:] = self._spare_slot
+        owner[num_decode:] = self._counting[num_decode : len(owner)]
+        query_start[num_decode:] = self._counting[num_decode : len(query_start)]
+
+    def _logits_rows(self, num_decode: int, chunks: Sequence[Chunk]) -> NDArray[np.int64]:
+        if not chunks:
+            return self._counting[:num_decode]
+        sampled: list[int] = []
+        scored: list[int] = []
+        end = num_decode
+        for chunk in chunks:
+            start, end = end, end + chunk.num_tokens
             if chunk.completes:
                 sampled.append(end - 1)
-            scored.extend(start + position - first for position in chunk.scored)
-        if chunks:
-            logits_rows = np.concatenate((self._counting[:num_decode], np.asarray(sampled + scored, np.int64)))
-        else:
-            logits_rows = self._counting[:num_decode]
-        return ForwardBatch(
-            token_ids=self._tensor(self._token_ids[:num_tokens]),
-            positions=self._tensor(self._positions[:num_tokens]),
-            query_start=self._tensor(self._query_start[: num_requests + 1]),
-            context_len=self._tensor(self._context_len[:num_requests]),
-            slot_ids=self._tensor(self._slots[:num_requests]),
-            page_table=self._page_table(rows, num_decode, chunks),
-            logits_rows=self._tensor(logits_rows),
-        )
+            scored.extend(start + position - chunk.request.num_computed for position in chunk.scored)
+        return np.concatenate((self._counting[:num_decode], np.asarray(sampled + scored, np.int64)))
 
-    def _page_table(self, rows: Rows, num_decode: int, chunks: Sequence[Chunk]) -> Tensor:
-        width = int(rows.num_pages[:num_decode].max(initial=1))
-        width = max([width, *(len(chunk.request.owned.page_ids) for chunk in chunks)])
-        if not chunks:
-            return self._tensor(np.ascontiguousarray(rows.page_table[:num_decode, :width]))
-        table = np.zeros((num_decode + len(chunks), width), np.int32)
-        table[:num_decode] = rows.page_table[:num_decode, :width]
-        for index, chunk in enumerate(chunks, start=num_decode):
-            pages = chunk.request.owned.page_ids
-            table[index, : len(pages)] = pages
-        return self._tensor(table)
 
-    def _tensor(self, array: NDArray[np.generic]) -> Tensor:
-        return torch.from_numpy(array).to(self._device, non_blocking=True)
+def _fields(num_tokens: int, num_requests: int, num_pages: int, num_logits: int) -> list[Field]:
+    """token ids, positions, source, logits rows; request of each token, query start, context, slots, page table."""
+    return [
+        Field(torch.int64, (num_tokens,)),
+        Field(torch.int64, (num_tokens,)),
+        Field(torch.int64, (num_requests,)),
+        Field(torch.int64, (num_logits,)),
+        Field(torch.int32, (num_tokens,)),
+        Field(torch.int32, (num_requests + 1,)),
+        Field(torch.int32, (num_requests,)),
+        Field(torch.int32, (num_requests,)),
+        Field(torch.int32, (num_requests, num_pages)),
+    ]
+
+
+def _step(
+    tensors: list[Tensor], num_decode: int, feeds: bool, shape: PaddedShape | None, *, decode_only: bool
+) -> StepBatch:
+    token_ids, positions, source, logits_rows, owner, query_start, context_len, slots, table = tensors
+    batch = ForwardBatch(
+        token_ids=token_ids,
+        positions=positions,
+        query_start=query_start,
+        context_len=context_len,
+        slot_ids=slots,
+        page_table=table,
+        logits_rows=logits_rows,
+        token_request=owner,
+        one_token_each=decode_only,
+    )
+    return StepBatch(batch, num_decode, source[:num_decode] if feeds else None, shape)

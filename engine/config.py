@@ -40,6 +40,14 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     kv_cache_memory_bytes: int | None = None
     """Bytes for pages and slots; overrides `gpu_memory_utilization`. On a CPU, None means a quarter of what is free."""
 
+    async_scheduling: Literal["auto", "on", "off"] = "auto"
+    """Launch a step before the tokens of the one before it have reached the host. auto: on a GPU."""
+    enforce_eager: bool = False
+    """Capture no decode steps."""
+    cudagraph_capture_sizes: tuple[int, ...] | Literal["auto"] = "auto"
+    """Numbers of requests that decode steps are captured for at start; a batch is padded to the next one. auto: some up
+    to `max_num_seqs` on a GPU, none on a CPU, where a captured step is an ordinary one on padded inputs."""
+
     max_queued_requests: int = 1024
     """Requests that wait for room; one more is refused with "overloaded"."""
     max_held_requests: int = 64
@@ -68,6 +76,13 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         _require(self.max_held_requests >= 0, "max_held_requests", self.max_held_requests, "must not be negative")
         for name in ("gpu_memory_utilization", "long_prefill_share"):
             _require(0 < getattr(self, name) <= 1, name, getattr(self, name), "must be above 0 and at most 1")
+        sizes = self.cudagraph_capture_sizes
+        _require(
+            sizes == "auto" or all(1 <= size <= self.max_num_seqs for size in sizes),
+            "cudagraph_capture_sizes",
+            sizes,
+            f"must be from 1 to max_num_seqs={self.max_num_seqs}",
+        )
         _require(self.stats_interval_s > 0, "stats_interval_s", self.stats_interval_s, "must be positive")
         _require(
             self.max_num_batched_tokens >= self.max_num_seqs,

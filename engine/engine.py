@@ -4,8 +4,14 @@
                  ▲           │                                       │
                  └─ preempt ─┘            transfers ◄─ hold / receive┘
 
-All methods belong to the step thread. Between two steps every page and slot is free, owned by one live request, or
-lent to a transfer; `check_integrity` proves it.
+With asynchronous scheduling a step is launched before the one before it is collected, so the device never waits for the
+host: its decode tokens come from where that step left them on the device. What only the host can see in a token (a stop
+id, the end of a grammar) is then seen one step late, and what that step computed too much is dropped. Ends that are
+known beforehand, by length or because the state is for another rank, are never late. Whatever cannot wait collects
+first: preemption, and rows whose choice depends on the newest token.
+
+All methods belong to the step thread. Between two steps every page and slot is free, owned by one live request, lent to
+a transfer, or fenced until the step in flight has ended; `check_integrity` proves it.
 """
 
 import itertools
@@ -15,16 +21,18 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from engine.batch import BatchBuilder, Chunk
+from engine.batch import BatchBuilder, Chunk, PaddedShape, StepBatch
 from engine.config import EngineConfig
 from engine.connector import Connector, EpochRenewed, FirstToken, NoConnector, Received
+from engine.decode_graphs import CudaCapture, DecodeGraphs, auto_widths, no_capture
+from engine.flight import Flight, LaunchedChunk
 from engine.intake import EngineShape, check_submit
 from engine.live import LiveRequests
 from engine.outbox import Outbox, token_message
-from engine.parallel import Parallel, SingleRank, StepIntent
+from engine.parallel import Parallel, SingleRank, StepIntent, StepPlan
 from engine.pool import Use
 from engine.request import ConstraintFactory, ConstraintMatcher, Phase, Request
-from engine.runner import Forward, Runner, Scoring, StepResult
+from engine.runner import Forward, Head, Runner, Scoring, StepResult, feed
 from engine.scheduler import Limits, plan_step
 from engine.transfers import Arrived, Missing, Unwanted
 from runtime.errors import EngineError, Overloaded, RequestError
@@ -50,7 +58,8 @@ _PAGE_RESERVE = 0.01
 class Engine:
     """Runs requests on one rank.
 
-    forward: the model bound to this rank's pages and slots.
+    forward, head: the model bound to this rank's pages and slots, cut where captured decode steps end; without a head
+    `forward` returns logits.
     connector: how state moves to and from other ranks; None for a rank alone.
     constraints: makes grammar matchers; None refuses requests that need one.
     handoff_address: what peers are told after the transfer engine was re-created.
@@ -62,6 +71,7 @@ class Engine:
         shape: EngineShape,
         forward: Forward,
         *,
+        head: Head = lambda logits: logits,
         connector: Connector | NoConnector | None = None,
         constraints: ConstraintFactory | None = None,
         parallel: Parallel | None = None,
@@ -78,8 +88,25 @@ class Engine:
         self._rows = self._live.rows
         self._constraints = constraints
         self._parallel: Parallel = parallel or SingleRank()
-        self._runner = Runner(forward)
-        self._builder = BatchBuilder(config.max_step_tokens, config.max_num_seqs, device)
+        max_pages = self._rows.page_table.shape[1]
+        self._builder = BatchBuilder(
+            config.max_step_tokens, config.max_num_seqs, max_pages, device, spare_slot=shape.num_slots
+        )
+        sampled = torch.zeros(config.max_num_seqs, dtype=torch.int64, device=device)
+        self._graphs: DecodeGraphs | None = None
+        if config.cudagraph_capture_sizes and config.cudagraph_capture_sizes != "auto":
+            capture = CudaCapture(device) if device.type == "cuda" else no_capture
+            self._graphs = DecodeGraphs(config.cudagraph_capture_sizes, auto_widths(max_pages), capture)
+        self._runner = Runner(forward, head, sampled, self._graphs)
+
+        def compute(step: StepBatch) -> torch.Tensor:
+            feed(step, sampled)
+            return forward(step.batch)
+
+        if self._graphs is not None:
+            self._graphs.capture(self._builder, compute)
+        self._flight: Flight | None = None
+        """The step that was launched and not yet collected."""
         self._limits = Limits(
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
@@ -89,6 +116,8 @@ class Engine:
             reserved_pages=max(1, int(shape.num_pages * _PAGE_RESERVE)),
             chunk_alignment=shape.chunk_alignment,
         )
+        self._runs_ahead = config.async_scheduling == "on"
+        self._counting = np.arange(config.max_num_seqs)
         self._outbox = Outbox()
         self._arrivals = 0
         self._changed = False
@@ -174,12 +203,12 @@ class Engine:
         ranks wait for this one. Without work, call it when a message or a transfer event has arrived.
         """
         live = self._live
-        if self._parallel.busy:
+        if self._parallel.busy or self._flight is not None:
             return True
         return bool(self._rows or live.prefilling or self._outbox or (live.waiting and self._changed))
 
     def step(self) -> list[FromEngine]:
-        """Take in transfer events, decide, compute, and say what happened.
+        """Take in transfer events, decide, launch, and say what the last launched step, or this one, has yielded.
 
         Raises EngineError after `max_step_failures` failed steps in a row, or after one in a group of several ranks.
         """
@@ -188,7 +217,15 @@ class Engine:
             # A first token that came across must not wait for the decode step that follows it.
             self._changed = True
             return self._outbox.take()
-        plan = plan_step(self._live.snapshot(), self._limits)
+        collected = self._flight is not None
+        if collected and self._live.sampling.needs_history(len(self._rows)):
+            self._collect_flight()
+        snapshot = self._live.snapshot()
+        if snapshot.num_growing > snapshot.free_pages and collected:
+            # Somebody would be preempted and lose a token, while pages may be waiting for the step in flight to end.
+            self._collect_flight()
+            snapshot = self._live.snapshot()
+        plan = plan_step(snapshot, self._limits)
         for request in plan.preempt:
             self._live.preempt(request)
         self._live.grow()
@@ -198,11 +235,15 @@ class Engine:
             self._live.admit(request)
         chunks = [_chunk(request, num_tokens) for request, num_tokens in plan.chunks]
         num_tokens = len(self._rows) + sum(chunk.num_tokens for chunk in chunks)
-        agreed = self._parallel.agree(StepIntent(num_tokens=num_tokens, decode_only=not chunks))
-        self._changed = agreed.runs
+        num_logits = len(self._rows) + sum(chunk.completes + len(chunk.scored) for chunk in chunks)
+        agreed = self._parallel.agree(StepIntent(num_tokens, not chunks, num_logits))
         if agreed.runs:
-            self._compute(chunks)
-        if self._draining and not self._drained and not self._live and self._live.transfers.is_empty:
+            self._compute(chunks, agreed)
+        elif collected:
+            self._collect_flight()
+        self._changed = agreed.runs or collected
+        done = not self._live and self._live.transfers.is_empty and self._flight is None
+        if self._draining and not self._drained and done:
             self._drained = True
             self._outbox.add(Drained(self.rank))
         return self._outbox.take()
@@ -225,25 +266,56 @@ class Engine:
                 case EpochRenewed(epoch):
                     self._outbox.add(EpochChanged(self.rank, epoch, self._handoff_address))
 
-    def _compute(self, chunks: Sequence[Chunk]) -> None:
-        num_decode = len(self._rows)
+    def _compute(self, chunks: Sequence[Chunk], agreed: StepPlan) -> None:
+        """Launch a step; collect the one before it, and this one too if nothing is scheduled ahead."""
         try:
-            batch = self._builder.build(self._rows, num_decode, chunks)
-            for chunk in chunks:
-                if chunk.completes:
-                    self._live.enter_rows(chunk.request, chunk.request.num_tokens)
-            requests = list(self._rows.requests)
-            sampling = self._live.sampling
-            inputs = sampling.inputs(requests, self._rows.num_generated)
-            result = self._runner.run(batch, inputs, sampling.record, len(requests), self._scoring(chunks))
+            flight = self._launch(chunks, agreed)
         except Exception as error:
+            self._collect_flight()
             self._fail_step(error, chunks)
             return
-        self._failures_in_a_row = 0
-        self._steps += 1
-        self._rows.context_len[:num_decode] += 1
-        self._advance(chunks, result)
-        self._collect(requests, num_decode, result)
+        older, self._flight = self._flight, flight
+        if older is not None:
+            self._collect(older)
+        if not self._runs_ahead:
+            self._collect_flight()
+
+    def _launch(self, chunks: Sequence[Chunk], agreed: StepPlan) -> Flight:
+        rows, live = self._rows, self._live
+        num_decode = len(rows)
+        step = self._builder.build(rows, num_decode, chunks, self._padded_shape(agreed))
+        ended = [LaunchedChunk.of(chunk) for chunk in chunks]
+        for chunk in chunks:
+            if chunk.completes:
+                live.enter_rows(chunk.request, chunk.request.num_tokens)
+        requests = rows.requests
+        count = len(requests)
+        inputs = live.sampling.inputs(requests, rows.num_generated)
+        launched = self._runner.launch(step, inputs, live.sampling.record, count, self._scoring(chunks))
+        live.pools.step_launched()
+        rows.context_len[:num_decode] += 1
+        rows.num_generated[:count] += 1
+        flight = Flight.of(rows, num_decode, ended, launched)
+        rows.source[:count] = self._counting[:count]
+        for part in ended:
+            part.request.num_computed = part.num_written
+            if part.completes:
+                live.prefilling.remove(part.request)
+                if isinstance(part.request.handoff, SendState):
+                    # One more token would change the state that the other rank is to get.
+                    live.finish(part.request)
+        for row in np.flatnonzero(flight.last).tolist():
+            request = flight.requests[row]
+            if rows.row_of(request) is not None:
+                live.finish(request)
+        return flight
+
+    def _padded_shape(self, agreed: StepPlan) -> PaddedShape | None:
+        """The captured step that this one runs as. With several ranks, that of the one with the most requests."""
+        if self._graphs is None or not agreed.decode_only:
+            return None
+        num_pages = int(self._rows.num_pages[: len(self._rows)].max(initial=1))
+        return self._graphs.shape_for(max(agreed.num_tokens), num_pages)
 
     def _scoring(self, chunks: Sequence[Chunk]) -> Scoring | None:
         scored = [chunk for chunk in chunks if chunk.scored]
@@ -253,57 +325,78 @@ class Engine:
         targets = [chunk.request.prompt[chunk.scored.start + 1 : chunk.scored.stop + 1] for chunk in scored]
         return Scoring(np.concatenate(targets), self.shape.vocab_size if min(counts) < 0 else max(counts))
 
-    def _advance(self, chunks: Sequence[Chunk], result: StepResult) -> None:
-        """The state now holds the chunks' tokens."""
+    # A step's results
+
+    def _collect_flight(self) -> None:
+        """Whatever was launched is over after this."""
+        flight, self._flight = self._flight, None
+        if flight is not None:
+            self._collect(flight)
+
+    def _collect(self, flight: Flight) -> None:
+        """Wait for the step. If it is the newest, the next one finds its tokens on the host."""
+        try:
+            result = flight.launched.wait()
+        except Exception as error:
+            self._live.pools.step_collected()
+            self._fail_step(error, flight.chunks)
+            return
+        self._live.pools.step_collected()
+        self._failures_in_a_row = 0
+        self._steps += 1
+        if self._flight is None:
+            self._rows.take_tokens(result.token_ids)
+        self._advance(flight.chunks, result)
+        self._emit(flight, result)
+
+    def _advance(self, chunks: Sequence[LaunchedChunk], result: StepResult) -> None:
+        """The state holds the chunks' tokens."""
         if result.scored is not None:
             counts = [c.request.sampling.prompt_logprobs or 0 for c in chunks for _ in c.scored]
             entries = iter(result.scored.messages(counts))
             for chunk in chunks:
+                scored = list(itertools.islice(entries, len(chunk.scored)))
                 if chunk.request.prompt_logprobs is not None:
-                    chunk.request.prompt_logprobs.extend(itertools.islice(entries, len(chunk.scored)))
+                    chunk.request.prompt_logprobs.extend(scored)
         for chunk in chunks:
             request = chunk.request
-            completes = chunk.completes
-            request.num_computed += chunk.num_tokens
             self._prompt_tokens += chunk.num_tokens
-            if completes:
-                self._live.prefilling.remove(request)
-            elif isinstance(request.handoff, SendState):
-                self._live.transfers.announce(request)
+            if not chunk.completes and request.phase is Phase.PREFILLING and isinstance(request.handoff, SendState):
+                self._live.transfers.announce(request, chunk.num_written)
 
     # Tokens out
 
-    def _collect(self, requests: Sequence[Request], num_decode: int, result: StepResult) -> None:
+    def _emit(self, flight: Flight, result: StepResult) -> None:
         """Append the sampled tokens. Only first and last tokens and grammars are looked at one by one."""
-        count = len(requests)
-        rows = self._rows
-        token_ids = result.token_ids
-        rows.token[:count] = token_ids
-        rows.num_generated[:count] += 1
-        self._generated_tokens += count
+        requests, token_ids = flight.requests, result.token_ids
         tokens = token_ids.tolist()
+        outputs: list[Tokens | None] = []
         for request, token_id in zip(requests, tokens, strict=True):
-            request.generated.append(token_id)
+            if request.phase is Phase.DONE:
+                # It ended while this step was in flight: the token is surplus.
+                outputs.append(None)
+            else:
+                request.generated.append(token_id)
+                outputs.append(Tokens(request.request_id, (token_id,)))
         finite = np.isfinite(result.best)
-        special = rows.num_generated[:count] >= rows.max_generated[:count]
+        special = flight.last | flight.has_grammar | ~finite
         for eos_id in self.shape.eos_ids:
-            special |= (token_ids == eos_id) & ~rows.ignore_eos[:count]
-        special |= rows.has_grammar[:count]
-        special |= ~finite
-        special[num_decode:] = True
-        for row in np.flatnonzero(rows.has_stop_ids[:count]).tolist():
+            special |= (token_ids == eos_id) & ~flight.ignore_eos
+        special[flight.num_decode :] = True
+        for row in np.flatnonzero(flight.has_stop_ids).tolist():
             special[row] |= tokens[row] in requests[row].sampling.stop_token_ids
-        outputs: list[Tokens | None] = [
-            Tokens(request.request_id, (token_id,)) for request, token_id in zip(requests, tokens, strict=True)
-        ]
         logprobs: dict[int, TokenLogprobs] = {}
         if result.logprobs is not None:
             wanted = [requests[row].sampling.logprobs or 0 for row in result.logprob_rows]
             logprobs = dict(zip(result.logprob_rows, result.logprobs.messages(wanted), strict=True))
             for row, entry in logprobs.items():
-                outputs[row] = Tokens(requests[row].request_id, (tokens[row],), (entry,))
+                if outputs[row] is not None:
+                    outputs[row] = Tokens(requests[row].request_id, (tokens[row],), (entry,))
+        self._generated_tokens += len(outputs) - outputs.count(None)
         for row in np.flatnonzero(special).tolist():
             request = requests[row]
+            if outputs[row] is None:
+                continue
             if finite[row]:
                 outputs[row] = self._token(request, logprobs.get(row))
             else:
@@ -389,9 +482,10 @@ class Engine:
 
     # Failures
 
-    def _fail_step(self, error: Exception, chunks: Sequence[Chunk]) -> None:
-        in_chunks = [chunk.request for chunk in chunks if self._rows.row_of(chunk.request) is None]
-        requests = [*self._rows.requests, *in_chunks]
+    def _fail_step(self, error: Exception, chunks: Sequence[Chunk | LaunchedChunk]) -> None:
+        """Everything that computes fails with the step: nobody knows which states it has written."""
+        involved = [*self._rows.requests, *self._live.finishing, *(chunk.request for chunk in chunks)]
+        requests = [request for request in dict.fromkeys(involved) if request.phase is not Phase.DONE]
         self._failures_in_a_row += 1
         log.error("step %d failed with %d requests", self._steps, len(requests), exc_info=error)
         for request in requests:
@@ -423,7 +517,7 @@ class Engine:
         unfinished = (*live.waiting, *live.prefilling)
         return EngineStats(
             rank=self.rank,
-            running=len(live.rows) + len(live.prefilling),
+            running=len(live.rows) + len(live.prefilling) + len(live.finishing),
             waiting=len(live.waiting),
             receiving=live.transfers.num_receiving,
             held=live.transfers.num_held,

@@ -45,6 +45,8 @@ class LiveRequests:
         """In the order in which they are admitted."""
         self.prefilling: list[Request] = []
         """In the same order."""
+        self.finishing: list[Request] = []
+        """Their last step is under way: whatever it yields, they are in no step after it."""
         self._by_id: dict[str, Request] = {}
         self.num_preempted = 0
 
@@ -162,10 +164,17 @@ class LiveRequests:
         self.sampling.add(row, request)
         return row
 
+    def finish(self, request: Request) -> None:
+        """The step that was just launched is its last."""
+        self.leave_step(request)
+        self.finishing.append(request)
+
     def leave_step(self, request: Request) -> None:
         """It computes no more."""
         if self.rows.row_of(request) is not None:
             self.sampling.remove(*self.rows.remove(request))
+        if request in self.finishing:
+            self.finishing.remove(request)
         if request in self.prefilling:
             self.prefilling.remove(request)
 
@@ -200,7 +209,7 @@ class LiveRequests:
                 raise PoolCorrupted(f"{request.request_id} is {request.phase.value} and owns {request.state}")
         owned = [request.state for request in self._by_id.values() if request.state is not None]
         self.pools.check_integrity([*owned, *self.transfers.states()])
-        placed = [*self.waiting, *self.prefilling, *self.rows.requests, *self.transfers.receiving]
+        placed = [*self.waiting, *self.prefilling, *self.rows.requests, *self.finishing, *self.transfers.receiving]
         names = sorted(request.request_id for request in placed)
         if names != sorted(self._by_id):
             raise PoolCorrupted(f"live requests {sorted(self._by_id)}, but queues and rows hold {names}")

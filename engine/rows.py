@@ -16,7 +16,9 @@ class Rows:
     def __init__(self, capacity: int, max_pages: int) -> None:
         self.requests: list[Request] = []
         self.token: NDArray[np.int64] = np.zeros(capacity, np.int64)
-        """The newest token, not yet in the state."""
+        """The newest token, not yet in the state; meaningless while `source` says where it is."""
+        self.source: NDArray[np.int64] = np.full(capacity, -1, np.int64)
+        """Where the newest token is found among those sampled by the step in flight; -1 = in `token`."""
         self.context_len: NDArray[np.int32] = np.zeros(capacity, np.int32)
         """Tokens in the state, hence the position of `token`."""
         self.num_generated: NDArray[np.int64] = np.zeros(capacity, np.int64)
@@ -31,7 +33,7 @@ class Rows:
         self.page_table: NDArray[np.int32] = np.zeros((capacity, max_pages), np.int32)
         """Entries from `num_pages` on are left over from others: valid page ids, never to be used."""
         self._columns = (
-            self.token, self.context_len, self.num_generated, self.max_generated, self.ignore_eos,
+            self.token, self.source, self.context_len, self.num_generated, self.max_generated, self.ignore_eos,
             self.has_stop_ids, self.has_grammar, self.slot, self.num_pages,
         )  # fmt: skip
         self._row_of: dict[str, int] = {}
@@ -48,6 +50,7 @@ class Rows:
         self.requests.append(request)
         self._row_of[request.request_id] = row
         sampling = request.sampling
+        self.source[row] = -1
         self.context_len[row] = context_len
         self.num_generated[row] = len(request.generated)
         self.max_generated[row] = max_generated
@@ -71,6 +74,14 @@ class Rows:
             used = self.num_pages[row]
             self.page_table[row, :used] = self.page_table[last, :used]
         return row, last
+
+    def take_tokens(self, token_ids: NDArray[np.int64]) -> None:
+        """The tokens of the newest step have reached the host."""
+        count = len(self.requests)
+        source = self.source[:count]
+        there = source >= 0
+        self.token[:count][there] = token_ids[source[there]]
+        source[:] = -1
 
     def row_of(self, request: Request) -> int | None:
         return self._row_of.get(request.request_id)

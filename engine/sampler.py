@@ -83,6 +83,8 @@ class SamplingInputs:
     penalties: Penalties | None = None
     logprobs: tuple[Tensor, int] | None = None
     """rows int64 [N] that want log-probabilities, and the largest number of most likely ids among them."""
+    logprob_rows: tuple[int, ...] = ()
+    """The same rows, ascending, for the host."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -42,6 +42,7 @@ class _Feature(enum.IntFlag):
     """Ids that must not follow certain others."""
     ALLOWED = enum.auto()
     GRAMMAR = enum.auto()
+    MIN_TOKENS = enum.auto()
 
 
 _RANDOM = _Feature.RANDOM | _Feature.MIN_P | _Feature.SORT
@@ -92,6 +93,12 @@ class SamplingRows:
         self._used = 0
         """Features of any row, as of `_built`."""
         self._random_rows: NDArray[np.intp] = np.zeros(0, np.intp)
+        self._sequences: list[tuple[int, dict[int, list[tuple[int, ...]]]]] = []
+        """Rows with bad words of several ids, as of `_built`."""
+        self._stops: tuple[Pairs, ...] = ()
+        """What `min_tokens` forbids the rows that it still binds."""
+        self._bound_rows = 0
+        """How many those are."""
 
     def add(self, row: int, request: Request) -> None:
         """The parameters of the request that got this row."""
@@ -109,6 +116,7 @@ class SamplingRows:
             (any(len(word) == 1 for word in s.bad_words), _Feature.BANNED),
             (any(len(word) > 1 for word in s.bad_words), _Feature.SEQUENCES),
             (request.matcher is not None, _Feature.GRAMMAR),
+            (s.min_tokens, _Feature.MIN_TOKENS),
         ):
             features |= feature if wanted else _Feature(0)
         if s.presence_penalty or s.frequency_penalty or s.repetition_penalty != 1:
@@ -159,6 +167,7 @@ class SamplingRows:
 
     def inputs(self, requests: Sequence[Request], num_generated: NDArray[np.int64]) -> SamplingInputs:
         """For all rows, which are those of `requests`."""
+        rows_changed = bool(self._stale & _Feature.MIN_TOKENS.value)
         if self._stale:
             self._build(len(requests))
         built = self._built
@@ -172,17 +181,27 @@ class SamplingRows:
         return SamplingInputs(
             random=random,
             bias=built.bias,
-            banned=built.banned + self._banned(requests, num_generated),
+            banned=(
+                built.banned
+                + (self._forbidden_stops(num_generated[: len(requests)], rows_changed) if self._used & _Feature.MIN_TOKENS.value else ())
+                + (self._ends_of_sequences(requests) if self._sequences else ())
+            ),
             allowed=self._allowed(requests) if self._used & _Feature.GRAMMAR.value else built.allowed,
             penalties=built.penalties,
             logprobs=built.logprobs,
+            logprob_rows=built.logprob_rows,
         )
 
-    def record(self, token_ids: Tensor) -> None:
-        """The tokens sampled with the last `inputs`; int64 [B] on the device."""
-        penalties = self._built.penalties
+    def needs_history(self, count: int) -> bool:
+        """What some row of the first `count` may choose depends on its newest token, and only the host can say how."""
+        return bool((self._features[:count] & (_Feature.GRAMMAR | _Feature.SEQUENCES).value).any())
+
+    @staticmethod
+    def record(inputs: SamplingInputs, token_ids: Tensor) -> None:
+        """The tokens sampled with `inputs`; int64 [B] on the device."""
+        penalties = inputs.penalties
         if penalties is not None:
-            self._counts.add(penalties.lines, token_ids[penalties.rows])
+            penalties.counts.add(penalties.lines, token_ids[penalties.rows])
 
     def _tensor(self, array: NDArray[np.generic]) -> Tensor:
         return torch.from_numpy(array).to(self._device, non_blocking=True)
@@ -193,6 +212,8 @@ class SamplingRows:
     def _build(self, count: int) -> None:
         """Make anew what rows that came, went or moved have to do with."""
         self._used = int(np.bitwise_or.reduce(self._features[:count], initial=0))
+        if self._stale & _Feature.SEQUENCES.value:
+            self._sequences = [(row, extras.sequences) for row, extras in self._extras_with(_Feature.SEQUENCES, count)]
         old = self._built
         self._built = SamplingInputs(
             random=self._renewed(_RANDOM, old.random, self._build_random, count),
@@ -201,6 +222,7 @@ class SamplingRows:
             allowed=self._renewed(_Feature.ALLOWED, old.allowed, self._build_allowed, count),
             penalties=self._renewed(_Feature.PENALTIES, old.penalties, self._build_penalties, count),
             logprobs=self._renewed(_Feature.LOGPROBS, old.logprobs, self._build_logprobs, count),
+            logprob_rows=tuple(self._rows_with(_Feature.LOGPROBS, count).tolist()),
         )
         self._stale = 0
 
@@ -264,22 +286,27 @@ class SamplingRows:
         most = self._vocab_size if wanted.min() < 0 else min(int(wanted.max()), self._vocab_size)
         return self._tensor(rows), most
 
-    def _banned(self, requests: Sequence[Request], num_generated: NDArray[np.int64]) -> tuple[Pairs, ...]:
-        """What only this step forbids."""
-        count = len(requests)
-        bans: list[tuple[int, NDArray[np.int64]]] = []
-        for row in np.flatnonzero(num_generated[:count] < self._min_tokens[:count]).tolist():
-            extras = self._extras[row]
-            if extras is not None and len(extras.stop_ids):
-                bans.append((row, extras.stop_ids))
-        if self._used & _Feature.SEQUENCES.value:
-            for row, extras in self._extras_with(_Feature.SEQUENCES, count):
-                generated = requests[row].generated
-                words = extras.sequences.get(generated[-1], ()) if generated else ()
-                bans.extend(
-                    (row, np.array([word[-1]])) for word in words if tuple(generated[1 - len(word) :]) == word[:-1]
-                )
-        return (self._pairs(bans),) if bans else ()
+    def _forbidden_stops(self, num_generated: NDArray[np.int64], rows_changed: bool) -> tuple[Pairs, ...]:
+        """Stop ids of the rows with too few tokens. While rows stay the same, these can only become fewer."""
+        bound = np.flatnonzero(num_generated < self._min_tokens[: len(num_generated)])
+        if rows_changed or len(bound) != self._bound_rows:
+            self._bound_rows = len(bound)
+            stops = [(row, extras.stop_ids) for row in bound.tolist() if (extras := self._extras[row])]
+            stops = [(row, stop_ids) for row, stop_ids in stops if len(stop_ids)]
+            self._stops = (self._pairs(stops),) if stops else ()
+        return self._stops
+
+    def _ends_of_sequences(self, requests: Sequence[Request]) -> tuple[Pairs, ...]:
+        """Last ids of the bad words whose others were generated just now."""
+        rows: list[int] = []
+        ids: list[int] = []
+        for row, sequences in self._sequences:
+            generated = requests[row].generated
+            for word in sequences.get(generated[-1], ()) if generated else ():
+                if tuple(generated[1 - len(word) :]) == word[:-1]:
+                    rows.append(row)
+                    ids.append(word[-1])
+        return (Pairs(self._tensor(np.array(rows)), self._tensor(np.array(ids))),) if rows else ()
 
     def _allowed(self, requests: Sequence[Request]) -> tuple[Tensor, Tensor]:
         """What grammars and lists of allowed ids leave in this step."""

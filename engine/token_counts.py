@@ -32,10 +32,10 @@ class TokenCounts:
             self._grow()
         line = self._free.pop()
         self.in_prompt[line] = False
-        self.in_prompt[line, torch.from_numpy(prompt).to(self._device)] = True
+        self.in_prompt[line, torch.from_numpy(prompt).to(self._device, non_blocking=True)] = True
         self.output_counts[line] = 0
         if generated:
-            ids = torch.tensor(generated, device=self._device)
+            ids = torch.tensor(generated).to(self._device, non_blocking=True)
             once = torch.ones(len(generated), dtype=torch.int32, device=self._device)
             self.output_counts[line].index_put_((ids,), once, accumulate=True)
         return line

@@ -146,9 +146,9 @@ class Transfers:
         self._sending[transfer_id] = self._waiting.pop(transfer_id)
         self._required.open_send(transfer_id, request.tokens(0, request.num_tokens).tolist())
 
-    def announce(self, request: Request) -> None:
-        """Tell a claimant about the pages that the last chunk filled."""
-        num_full = request.num_computed // self._pools.pages.page_tokens
+    def announce(self, request: Request, num_written: int) -> None:
+        """Tell a claimant about the pages that are full now that the first `num_written` tokens are in the state."""
+        num_full = num_written // self._pools.pages.page_tokens
         final = request.owned.page_ids[request.num_announced : num_full]
         if final:
             self._required.pages_final(_transfer_id(request), final)

@@ -9,14 +9,13 @@ Bound: 4.25 bits per weight of every expert hit; from about 64 rows an expert, t
 from __future__ import annotations
 
 from ctypes import c_float
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from kernels import cuda_build
 from kernels.moe import ExpertWeights
-from kernels.packed_experts import STAGE_K, TILE_ROWS, PackedExperts, gate_up_order, pack_experts
+from kernels.packed_experts import STAGE_K, PackedBank, PackedExperts, fits_packing, pack_bank
 from kernels.triton_expert_rows import (
     combine_rows,
     quantize_rows,
@@ -25,26 +24,10 @@ from kernels.triton_expert_rows import (
 from kernels.triton_experts import experts_down, experts_up
 from kernels.triton_quantize import QuantizedRows, scale_stride
 
+__all__ = ["PackedBank", "pack_bank"]
+
 BLOCK_ROWS = (8, 16, 32, 48, 64, 96, 128)
 """Rows of one expert a CTA computes together, as compiled in experts_w4a8.cu."""
-
-
-class PackedBank(NamedTuple):
-    """Local experts [first, first + E) for the Hopper kernel."""
-
-    first: int
-    up: PackedExperts
-    down: PackedExperts
-
-
-def pack_bank(weights: ExpertWeights) -> PackedBank:
-    """Re-orders FP4 experts. Raises ValueError where packing would not be exact (packed_experts)."""
-    if weights.w13_scale is None or weights.w2_scale is None:
-        raise ValueError("only FP4 experts can be packed")
-    order = gate_up_order(weights.w13.shape[1] // 2, weights.w13.device)
-    return PackedBank(
-        weights.first, pack_experts(weights.w13, weights.w13_scale, order), pack_experts(weights.w2, weights.w2_scale)
-    )
 
 
 def block_rows_for(num_tokens: int, topk: int, total_experts: int) -> int:
@@ -103,14 +86,13 @@ def packed_down(rows: QuantizedRows, matrix: PackedExperts, offsets_E: Tensor, b
     return y
 
 
-def fits_hopper(weights: ExpertWeights) -> bool:
-    """Whether these shapes and this machine can run the packed kernel."""
+def fits_hopper(width: int, hidden: int) -> bool:
+    """Whether experts of this width and this machine can run the packed kernel."""
     try:
         cuda_build.load("experts_w4a8")
     except cuda_build.CudaUnavailable:
         return False
-    rows, hidden = weights.w13.shape[1], weights.w2.shape[1]
-    return bool(rows % TILE_ROWS == 0 and hidden % TILE_ROWS == 0)
+    return fits_packing(2 * width, hidden) and fits_packing(hidden, width)
 
 
 def routed_experts_gpu(

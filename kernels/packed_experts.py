@@ -11,10 +11,13 @@ checkpoint is near that). Source of the register order: PTX ISA, wgmma fragments
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from kernels.moe import ExpertWeights
 
 TILE_ROWS = 256
 UNIT_ROWS = 64
@@ -33,6 +36,30 @@ class PackedExperts(NamedTuple):
     """uint8 [E, M / 256, K / 128, STAGE_BYTES]."""
     row_scale: Tensor
     """float32 [E, M], in packed row order."""
+
+
+class PackedBank(NamedTuple):
+    """Local experts [first, first + E): gate and up rows in `gate_up_order`, down rows in their own."""
+
+    first: int
+    up: PackedExperts
+    down: PackedExperts
+
+
+def fits_packing(rows: int, channels: int) -> bool:
+    """Whether matrices of this shape can be packed."""
+    return rows % TILE_ROWS == 0 and channels % STAGE_K == 0
+
+
+def empty_bank(first: int, experts: int, width: int, hidden: int, device: torch.device) -> PackedBank:
+    """Uninitialised memory for experts of `width`, to be filled matrix by matrix."""
+
+    def empty(rows: int, channels: int) -> PackedExperts:
+        shape = (experts, rows // TILE_ROWS, channels // STAGE_K, STAGE_BYTES)
+        data = torch.empty(shape, dtype=torch.uint8, device=device)
+        return PackedExperts(data, torch.empty(experts, rows, dtype=torch.float32, device=device))
+
+    return PackedBank(first, empty(2 * width, hidden), empty(hidden, width))
 
 
 def gate_up_order(width: int, device: torch.device | None = None) -> Tensor:
@@ -92,6 +119,27 @@ def pack_experts(codes_EMK: Tensor, scales_EMG: Tensor, order_M: Tensor | None =
             codes, scales = codes[order_M], scales[order_M]
         data[expert], row_scale[expert] = pack_matrix(codes, scales)
     return PackedExperts(data, row_scale)
+
+
+def pack_bank(weights: ExpertWeights) -> PackedBank:
+    """Re-orders FP4 experts. Raises ValueError where packing would not be exact."""
+    if weights.w13_scale is None or weights.w2_scale is None:
+        raise ValueError("only FP4 experts can be packed")
+    order = gate_up_order(weights.w13.shape[1] // 2, weights.w13.device)
+    return PackedBank(
+        weights.first, pack_experts(weights.w13, weights.w13_scale, order), pack_experts(weights.w2, weights.w2_scale)
+    )
+
+
+def fill_random(packed: PackedExperts, generator: torch.Generator) -> None:
+    """Random weights of about unit gain. Every pattern of code bytes is valid, so they are drawn as they will lie."""
+    split = TILE_ROWS // UNIT_ROWS * UNIT_BYTES
+    for data in packed.data:  # one expert at a time: drawing needs temporary memory of its size
+        data.random_(0, 256, generator=generator)
+        data[..., split:].random_(0, 3, generator=generator).mul_(8)
+    channels = packed.data.shape[2] * STAGE_K
+    # 124: root mean square of e2m1 * 2^(6 - shift) over all codes and the three shifts.
+    packed.row_scale.fill_(2.0 ** round(-math.log2(124 * math.sqrt(channels))))
 
 
 def unpack_values(packed: PackedExperts) -> Tensor:

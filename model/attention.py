@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from kernels.attention_inputs import attention_inputs
 from kernels.grouped_output import grouped_output
 from kernels.indexer import all_entries
-from kernels.packed_rows import PackedRows, store_rows
 from kernels.rms_norm import rms_norm
 from kernels.rope import rope
 from kernels.sparse_attention import sparse_attention
@@ -42,12 +42,12 @@ class Attention:
         self.projections: StackedWeight | None = None
         if kind == "csa":
             rows = (*[2 * dim] * 2, *[2 * config.index_head_dim] * 2)
-            self.projections = StackedWeight(rows, config.hidden_size, torch.float32, numerics)
+            self.projections = StackedWeight(rows, config.hidden_size, numerics)
             self.overlap_compressor = OverlapCompressor(self.projections, 0, frequencies, eps, numerics)
             index_compressor = OverlapCompressor(self.projections, 2, frequencies, eps, numerics)
             self.indexer = Indexer(config, index_compressor, frequencies, numerics)
         elif kind == "hca":
-            self.projections = StackedWeight((dim, dim), config.hidden_size, torch.float32, numerics)
+            self.projections = StackedWeight((dim, dim), config.hidden_size, numerics)
             self.pending_compressor = PendingCompressor(self.projections, 0, frequencies, eps, numerics)
 
     def holders(self, prefix: str) -> Iterator[tuple[str, WeightHolder]]:
@@ -71,41 +71,27 @@ class Attention:
         latent, row = self.wq_a_wkv.split(x_TD)
         latent = rms_norm(latent, self.q_norm.value, config.rms_norm_eps)
         query = self.wq_b(latent).unflatten(-1, (config.num_attention_heads, config.head_dim))
-        query = rope(rms_norm(query, None, config.rms_norm_eps), *angles)
-        row = rope(rms_norm(row, self.kv_norm.value, config.rms_norm_eps), *angles)
-        chunk = self._pack(row, state.window, context)
+        query, chunk = attention_inputs(
+            query, row, self.kv_norm.value, angles, config.rms_norm_eps, state.window, index, simulate=context.simulate
+        )
 
         # An entry closed by a token of this pass is visible to that token: state first, then attention.
         selected = self._compress(x_TD, latent, state, context)
         output = sparse_attention(
             query, chunk, state.window, self.attn_sink.value, index, self._scale, state.entries, selected, self._ratio
         )
-        # A chunk longer than the window would overwrite rows that its own first tokens still read.
-        insert_window(chunk, state.window, index)
+        if not index.one_token_each:
+            # Only now: a chunk longer than the window overwrites rows that its own first tokens still read.
+            insert_window(chunk, state.window, index)
         output = rope(output, *angles, inverse=True)
         groups = self.wo_a.value.unflatten(0, (config.o_groups, config.o_lora_rank))
         return self.wo_b(grouped_output(output.reshape(-1, config.o_groups, groups.shape[2]), groups))
-
-    @staticmethod
-    def _pack(row_TD: Tensor, window: PackedRows, context: ForwardContext) -> PackedRows:
-        """The new rows in the packed format in which later tokens will find them."""
-        count = row_TD.shape[0]
-        chunk = window.like(count)
-        page, row = context.index.cached(
-            "chunk_rows",
-            lambda: (
-                torch.zeros(count, dtype=torch.int64, device=row_TD.device),
-                torch.arange(count, device=row_TD.device),
-            ),
-        )
-        store_rows(chunk, page, row, row_TD, simulate=context.simulate)
-        return chunk
 
     def _compress(self, x_TD: Tensor, latent_TR: Tensor, state: LayerState, context: ForwardContext) -> Tensor | None:
         """Advances the layer's compressed state; -> the entries each token attends to."""
         if self.projections is None:
             return None
-        projected = self.projections(x_TD.float())
+        projected = self.projections(x_TD)
         assert state.entries is not None
         if self.overlap_compressor is not None and self.indexer is not None:
             assert state.compressor is not None

@@ -30,16 +30,24 @@ class ForwardBatch:
     """int32 [B, max_pages]: covers context and new tokens; entries beyond are never read."""
     logits_rows: Tensor
     """int64 [L]: packed rows whose logits are wanted."""
+    token_request: Tensor | None = None
+    """int32 [T]: the request of each token; None: made from query_start."""
+    one_token_each: bool = False
+    """Every request has exactly one token: a decode step."""
 
     def index(self, page_tokens: int) -> BatchIndex:
         """What the attention ops need to know of this batch."""
-        request = torch.arange(self.slot_ids.shape[0], dtype=torch.int32, device=self.slot_ids.device)
+        owner = self.token_request
+        if owner is None:
+            request = torch.arange(self.slot_ids.shape[0], dtype=torch.int32, device=self.slot_ids.device)
+            owner = request.repeat_interleave(self.query_start.diff(), output_size=self.token_ids.shape[0])
         return BatchIndex(
-            token_request_T=request.repeat_interleave(self.query_start.diff(), output_size=self.token_ids.shape[0]),
+            token_request_T=owner,
             positions_T=self.positions,
             query_start=self.query_start,
             context_len_B=self.context_len,
             slot_ids_B=self.slot_ids,
             page_table=self.page_table,
             page_tokens=page_tokens,
+            one_token_each=self.one_token_each,
         )

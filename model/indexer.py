@@ -6,10 +6,7 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from kernels.hadamard import hadamard
-from kernels.indexer import select_entries
-from kernels.packed_rows import simulate_row
-from kernels.rope import rope
+from kernels.indexer import index_query, select_entries
 from kernels.row_linear import row_linear
 from model.compressor import OverlapCompressor
 from model.config import CSA_RATIO, ModelConfig
@@ -47,8 +44,7 @@ class Indexer:
         assert state.index_keys is not None
         assert state.index_compressor is not None
         self.compressor(projected, state.index_compressor, state.index_keys, context)
-        query = rope(self.wq_b(latent_TR).unflatten(-1, (self._heads, self._dim)), *context.angles(self._frequencies))
-        if context.simulate:
-            query = simulate_row(state.index_keys, hadamard(query))
+        query = self.wq_b(latent_TR).unflatten(-1, (self._heads, self._dim))
+        query = index_query(query, context.angles(self._frequencies), state.index_keys, simulate=context.simulate)
         weights = row_linear(x_TD, self.weights_proj.value).float() * (self._dim * self._heads) ** -0.5
         return select_entries(query, weights, state.index_keys, context.index, CSA_RATIO, self._topk)

@@ -14,8 +14,10 @@ from torch import Tensor
 
 from kernels.fp8_gemm import fp8_gemm
 from kernels.moe import ExpertWeights
+from kernels.packed_experts import PackedBank, empty_bank, fill_random, gate_up_order, pack_matrix
 from kernels.quantize import dequantize_fp4, dequantize_fp8_tiles, simulate_fp8
 from kernels.row_linear import row_linear
+from kernels.wide_linear import wide_linear
 from model.config import EXPERT_GROUP, QUANT_TILE, ModelConfig
 
 
@@ -29,6 +31,11 @@ class Numerics(NamedTuple):
     packed: bool
     """Keep FP8 and FP4 weights packed."""
     device: torch.device
+
+    @property
+    def wide(self) -> torch.dtype:
+        """Of weights whose products stay in float32: see kernels.wide_linear."""
+        return torch.bfloat16 if self.device.type == "cuda" and self.dtype == torch.bfloat16 else torch.float32
 
 
 class WeightHolder(Protocol):
@@ -56,7 +63,8 @@ class Weight:
         self._dtype, self._device = dtype, numerics.device
 
     def load(self, weight: Tensor, scale: Tensor | None) -> None:
-        self.value = dequantize(weight, scale).to(self._device, self._dtype)
+        scale = None if scale is None else scale.to(self._device)
+        self.value = dequantize(weight.to(self._device), scale).to(self._dtype)
 
 
 class HyperScale(Weight):
@@ -67,15 +75,15 @@ class HyperScale(Weight):
         self._repeats = torch.tensor([streams, streams, streams * streams])
 
     def load(self, weight: Tensor, scale: Tensor | None) -> None:
-        super().load(weight.repeat_interleave(self._repeats), scale)
+        super().load(weight.cpu().repeat_interleave(self._repeats), scale)
 
 
 class StackedWeight:
-    """Weights that multiply the same input, as one matrix: [sum of rows, columns] in one dtype."""
+    """Weights that multiply the same input, as one matrix [sum of rows, columns], with float32 products."""
 
-    def __init__(self, rows: tuple[int, ...], columns: int, dtype: torch.dtype, numerics: Numerics) -> None:
+    def __init__(self, rows: tuple[int, ...], columns: int, numerics: Numerics) -> None:
         self.rows = rows
-        self.value = torch.empty(sum(rows), columns, dtype=dtype, device=numerics.device)
+        self.value = torch.empty(sum(rows), columns, dtype=numerics.wide, device=numerics.device)
 
     def part(self, number: int) -> WeightHolder:
         """Where the weight with rows[number] rows goes."""
@@ -83,7 +91,8 @@ class StackedWeight:
         return _Slice(self.value[start : start + self.rows[number]], None)
 
     def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
-        parts: tuple[Tensor, ...] = row_linear(x, self.value).split(self.rows, -1)
+        """-> float32, one output per stacked weight."""
+        parts: tuple[Tensor, ...] = wide_linear(x, self.value).split(self.rows, -1)
         return parts
 
 
@@ -132,17 +141,24 @@ class Linear:
 
 
 class ExpertBank:
-    """The routed experts this rank holds, stacked."""
+    """The routed experts this rank holds, stacked: dequantised, in the checkpoint's layout, or in the order of the
+    Hopper kernel where that runs here."""
 
-    def __init__(self, config: ModelConfig, experts: range, numerics: Numerics) -> None:
+    def __init__(self, config: ModelConfig, experts: range, numerics: Numerics, *, hopper: bool | None = None) -> None:
+        """hopper: the order of packed experts; None: what this machine can run."""
         self._numerics = numerics
         hidden, width, count = config.hidden_size, config.moe_intermediate_size, len(experts)
         self._width = width
+        self._hopper: _HopperExperts | None = None
+        self.weights: ExpertWeights | PackedBank
 
         def empty(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
             return torch.empty(count, rows, columns, dtype=dtype, device=numerics.device)
 
-        if numerics.packed:
+        if numerics.packed and (_runs_hopper(numerics.device, width, hidden) if hopper is None else hopper):
+            self.weights = empty_bank(experts.start, count, width, hidden, numerics.device)
+            self._hopper = _HopperExperts(self.weights, width)
+        elif numerics.packed:
             self.weights = ExpertWeights(
                 experts.start,
                 empty(2 * width, hidden // 2, torch.uint8),
@@ -160,11 +176,64 @@ class ExpertBank:
     def holder(self, expert: int, matrix: str) -> WeightHolder:
         """Where `matrix` ("w1" gate, "w2" down, "w3" up) of `expert` (a global number) goes."""
         local = expert - self.weights.first
+        if self._hopper is not None:
+            return _HopperMatrix(self._hopper, local, matrix)
+        assert isinstance(self.weights, ExpertWeights)
         rows = {"w1": slice(0, self._width), "w2": slice(None), "w3": slice(self._width, None)}[matrix]
         values, scales = self.weights.w13, self.weights.w13_scale
         if matrix == "w2":
             values, scales = self.weights.w2, self.weights.w2_scale
         return _Slice(values[local, rows], None if scales is None else scales[local, rows])
+
+    def fill_random(self, generator: torch.Generator) -> bool:
+        """Random experts drawn where they will lie, if their layout allows; False leaves that to the holders."""
+        if self._hopper is None:
+            return False
+        for packed in (self._hopper.bank.up, self._hopper.bank.down):
+            fill_random(packed, generator)
+        return True
+
+
+def _runs_hopper(device: torch.device, width: int, hidden: int) -> bool:
+    if device.type != "cuda":
+        return False
+    from kernels.gpu_experts import fits_hopper
+
+    return fits_hopper(width, hidden)
+
+
+class _HopperExperts:
+    """Packs matrices as they come. Gate and up rows lie mixed, so the first of the two waits for the other."""
+
+    def __init__(self, bank: PackedBank, width: int) -> None:
+        self.bank = bank
+        self._order = gate_up_order(width, bank.up.data.device)
+        self._waiting: dict[int, tuple[str, Tensor, Tensor]] = {}
+
+    def take(self, local: int, matrix: str, codes: Tensor, scales: Tensor) -> None:
+        if matrix == "w2":
+            self.bank.down.data[local], self.bank.down.row_scale[local] = pack_matrix(codes, scales)
+        elif local not in self._waiting:
+            self._waiting[local] = (matrix, codes, scales)
+        else:
+            other, *half = self._waiting.pop(local)
+            first, second = ((codes, scales), half) if other == "w3" else (half, (codes, scales))
+            both_codes, both_scales = (torch.cat(pair)[self._order] for pair in zip(first, second, strict=True))
+            self.bank.up.data[local], self.bank.up.row_scale[local] = pack_matrix(both_codes, both_scales)
+
+
+class _HopperMatrix:
+    """One matrix on its way into `_HopperExperts`."""
+
+    def __init__(self, experts: _HopperExperts, local: int, matrix: str) -> None:
+        self._experts, self._local, self._matrix = experts, local, matrix
+
+    def load(self, weight: Tensor, scale: Tensor | None) -> None:
+        if scale is None:
+            raise ValueError("packed weights are loaded from quantised ones only")
+        device = self._experts.bank.up.data.device
+        codes, scales = weight.view(torch.uint8).to(device), scale.view(torch.uint8).to(device)
+        self._experts.take(self._local, self._matrix, codes, scales)
 
 
 class _Slice:
@@ -175,7 +244,8 @@ class _Slice:
 
     def load(self, weight: Tensor, scale: Tensor | None) -> None:
         if self._scales is None:
-            self._values.copy_(dequantize(weight, scale))
+            device = self._values.device
+            self._values.copy_(dequantize(weight.to(device), None if scale is None else scale.to(device)))
             return
         if scale is None:
             raise ValueError("packed weights are loaded from quantised ones only")

@@ -5,6 +5,16 @@ from engine.engine import Engine
 from engine.intake import EngineShape
 from runtime.requests import Handover, RequestFailed, SamplingParams, StepOutput, Submit
 from tests.engine.hash_lm import EOS, PAGE_TOKENS, VOCAB, HashLM
+from tests.engine.late_device import LateDevice
+
+MODES = {
+    "in turn": {},
+    "ahead": {"async_scheduling": "on"},
+    "ahead of a late device": {"async_scheduling": "on"},
+    "padded": {"cudagraph_capture_sizes": (1, 3, 8)},
+    "ahead and padded": {"async_scheduling": "on", "cudagraph_capture_sizes": (2, 5, 8)},
+}
+"""How steps are launched; the tokens are always the same."""
 
 
 def make_config(**settings):
@@ -33,7 +43,14 @@ def submit(request_id, prompt, *, handoff=None, priority=0, generated=(), **samp
 class Harness:
     """Collects what an engine says, per request."""
 
+    mode = "in turn"
+
     def __init__(self, *, num_pages=64, max_model_len=256, connector=None, constraints=None, parallel=None, **settings):
+        settings = {**MODES[self.mode], **settings}
+        if "cudagraph_capture_sizes" in settings:
+            most = settings.get("max_num_seqs", 8)
+            sizes = {min(size, most) for size in settings["cudagraph_capture_sizes"]}
+            settings["cudagraph_capture_sizes"] = tuple(sorted(sizes))
         self.config = make_config(**settings)
         num_slots = self.config.max_num_seqs + self.config.max_held_requests
         self.model = HashLM(num_pages, num_slots)
@@ -48,6 +65,8 @@ class Harness:
         self.engine = Engine(
             self.config, self.shape, self.model, connector=connector, constraints=constraints, parallel=parallel
         )
+        if self.mode == "ahead of a late device":
+            self.engine._runner = LateDevice(self.engine._runner)
         self.connector = connector
         self.tokens = {}
         self.messages = {}

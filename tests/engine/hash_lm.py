@@ -59,7 +59,8 @@ class HashLM:
     def __init__(self, num_pages, num_slots, page_tokens=PAGE_TOKENS):
         self.page_tokens = page_tokens
         self.pages = torch.full((num_pages, page_tokens * _DIGEST), 0xA5, dtype=torch.uint8)
-        self.slots = torch.full((num_slots, 16), 0x5A, dtype=torch.uint8)
+        self.slots = torch.full((num_slots + 1, 16), 0x5A, dtype=torch.uint8)
+        self.spare_slot = num_slots
         self.batches = []
         self.fail_next = 0
 
@@ -76,10 +77,15 @@ class HashLM:
         wanted = {row: place for place, row in enumerate(batch.logits_rows.tolist())}
         logits = np.full((len(batch.logits_rows), VOCAB), np.nan, np.float32)
         used_slots = batch.slot_ids.tolist()
-        assert len(set(used_slots)) == len(used_slots)
+        real = [slot for slot in used_slots if slot != self.spare_slot]
+        assert len(set(real)) == len(real)
+        assert used_slots[: len(real)] == real, "padding comes last"
         for b, slot in enumerate(used_slots):
             start, end, context = starts[b], starts[b + 1], contexts[b]
             assert positions[start:end].tolist() == list(range(context, context + end - start))
+            if slot == self.spare_slot:
+                assert (context, end - start) == (0, 1)
+                continue
             table = batch.page_table[b].numpy()
             chain = int(slots[slot, 0]) if context else _START
             new = digests(tokens[start:end], positions[start:end])

@@ -28,6 +28,7 @@ def reference(seed):
 class Engines(RuleBasedStateMachine):
     """A prefill and a decode engine with few pages, and the wire between them."""
 
+    mode = "in turn"
     names = Bundle("names")
 
     @initialize(policy=st.sampled_from(["fail", "recompute"]), pages=st.integers(8, 20), budget=st.integers(4, 40))
@@ -45,7 +46,8 @@ class Engines(RuleBasedStateMachine):
         self.engines = []
         for _ in range(2):
             connector = WireConnector(self.wire)
-            harness = Harness(connector=connector, kv_load_failure_policy=policy, **settings_of)
+            kind = type("ModeHarness", (Harness,), {"mode": self.mode})
+            harness = kind(connector=connector, kv_load_failure_policy=policy, **settings_of)
             connector.model = harness.model
             self.engines.append(harness)
         self.prefill, self.decode = self.engines
@@ -146,3 +148,15 @@ Engines.TestCase.settings = settings(
     deadline=None, max_examples=60, stateful_step_count=40, suppress_health_check=list(HealthCheck)
 )
 TestEngines = Engines.TestCase
+
+
+class EnginesAhead(Engines):
+    """The same when the device has not begun a step while the next one is decided."""
+
+    mode = "ahead of a late device"
+
+
+EnginesAhead.TestCase.settings = settings(
+    deadline=None, max_examples=50, stateful_step_count=40, suppress_health_check=list(HealthCheck)
+)
+TestEnginesAhead = EnginesAhead.TestCase

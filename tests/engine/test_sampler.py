@@ -256,9 +256,10 @@ def test_rows_that_move_keep_their_parameters():
         requests.pop()
         logits = torch.randn(len(requests), VOCAB, generator=generator) * 2
         counts = np.array([len(request.generated) for request in requests])
-        sampled = sample(logits.clone(), rows.inputs(requests, counts))
+        inputs = rows.inputs(requests, counts)
+        sampled = sample(logits.clone(), inputs)
         for row, request in enumerate(requests):
             assert int(sampled.token_ids[row]) == int(run_batch([request], logits[row : row + 1]).token_ids[0])
-        rows.record(sampled.token_ids)
+        rows.record(inputs, sampled.token_ids)
         for request, token_id in zip(requests, sampled.token_ids.tolist(), strict=True):
             request.generated.append(token_id)
