@@ -39,8 +39,12 @@ def merged(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
 class Program:
     """`python -m <module> --config <yaml>` with its log in a file."""
 
-    def __init__(self, directory: Path, name: str, module: str, config: dict[str, Any]) -> None:
+    def __init__(
+        self, directory: Path, name: str, module: str, config: dict[str, Any], within: Sequence[str] = ()
+    ) -> None:
+        """`within`: the beginning of a command line that runs what follows it somewhere else."""
         self.name = name
+        self._within = within
         self.module = module
         self.config = config
         self.log_path = directory / f"{name}.log"
@@ -50,7 +54,7 @@ class Program:
     @property
     def url(self) -> str:
         server = self.config.get("server", self.config)
-        return f"http://127.0.0.1:{server['port']}"
+        return f"http://{server['host']}:{server['port']}"
 
     @property
     def pid(self) -> int:
@@ -61,7 +65,7 @@ class Program:
         self._config_path.write_text(yaml.safe_dump(self.config))
         with self.log_path.open("ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", self.module, "--config", str(self._config_path)],
+                [*self._within, sys.executable, "-m", self.module, "--config", str(self._config_path)],
                 cwd=ROOT,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
