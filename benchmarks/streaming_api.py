@@ -8,6 +8,7 @@ all streams and measures how long each token took from the engine's send to the 
 on one core of its own where there is more than one; client and engine share the others. With the default list the last
 rows find the ceiling: a row "keeps up" when all tokens arrived in time and p99 is under one period. Rows of "bare" are
 the peer: a process that only writes the same bytes to as many streams, so all that it costs is event loop and kernel.
+`user_us` and `kernel_us` are processor time per token.
 """
 
 import argparse
@@ -130,7 +131,10 @@ def cpu_s(pid: int) -> tuple[float, float]:
 
 
 async def measure(address: tuple[str, int], pid: int, path: str, num_streams: int, num_tokens: int) -> dict[str, float]:
-    """One row: all streams at once, from their start to their end."""
+    """One row: all streams at once, from their start to their end.
+
+    Times and costs are those of the steady part: every stream has begun and none has ended.
+    """
     loop = asyncio.get_running_loop()
     body = orjson.dumps({**BODIES[path], "stream": True, "max_tokens": num_tokens})
     head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nConnection: close\r\n"
@@ -138,24 +142,26 @@ async def measure(address: tuple[str, int], pid: int, path: str, num_streams: in
     key = b'"content":"' if "chat" in path else b'"text":"'
     delays_ms: list[list[float]] = [[] for _ in range(num_streams)]
     ends = [loop.create_future() for _ in range(num_streams)]
-    begun, (user_s, kernel_s) = time.monotonic(), cpu_s(pid)
     for delays, end in zip(delays_ms, ends, strict=True):
         await loop.create_connection(partial(StreamReader, request, key, delays, end), *address)
-    started_s = time.monotonic() - begun
     async with asyncio.timeout(300):
+        while not all(delays_ms):  # noqa: ASYNC110 (an event per stream would cost the streams more)
+            await asyncio.sleep(0.02)
+        begun, first, early = time.monotonic(), cpu_s(pid), [len(delays) for delays in delays_ms]
+        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        took_s, last, late = time.monotonic() - begun, cpu_s(pid), [len(delays) for delays in delays_ms]
         await asyncio.gather(*ends)
-    took_s = time.monotonic() - begun
-    user_s, kernel_s = cpu_s(pid)[0] - user_s, cpu_s(pid)[1] - kernel_s
-    # The first tokens come while connections still open, which is another load than the one in question.
-    steady = sorted(delay for delays in delays_ms for delay in delays[num_tokens // 4 :])
-    received = sum(map(len, delays_ms))
+    steady = sorted(
+        delay for delays, start, end in zip(delays_ms, early, late, strict=True) for delay in delays[start:end]
+    )
+    user_s, kernel_s = last[0] - first[0], last[1] - first[1]
     return {
         "streams": num_streams,
-        "lost": num_streams * num_tokens - received,
-        "tokens_per_s": received / (took_s - started_s / 2),
-        "cpu": (user_s + kernel_s) / took_s,
-        "user_us": 1e6 * user_s / received,
-        "kernel_us": 1e6 * kernel_s / received,
+        "lost": num_streams * num_tokens - sum(map(len, delays_ms)),
+        "tokens_per_s": len(steady) / took_s,
+        "core": (user_s + kernel_s) / took_s,
+        "user_us": 1e6 * user_s / len(steady),
+        "kernel_us": 1e6 * kernel_s / len(steady),
         "p50_ms": steady[len(steady) // 2],
         "p99_ms": steady[len(steady) * 99 // 100],
         "max_ms": steady[-1],
@@ -183,7 +189,7 @@ COLUMNS = {
     "streams": "8.0f",
     "tokens_per_s": "13.0f",
     "lost": "5.0f",
-    "cpu": "5.0%",
+    "core": "5.0%",
     "user_us": "8.1f",
     "kernel_us": "10.1f",
     "p50_ms": "7.2f",
