@@ -67,6 +67,7 @@ class CallsParser:
         """The output ended. `complete`: the model ended it, so an open call is closed into valid JSON; otherwise it
         was cut, and arguments stay as far as they came."""
         begun_tag = _TAG.match(self._buffer) is not None
+        ends_call = complete or (self._state == self._in_call and self._buffer.startswith(f"</{DSML}"))
         if self._state == self._key:
             self._sink.arguments('": ""' if complete else "")
         elif self._state == self._after_key:
@@ -88,7 +89,7 @@ class CallsParser:
                 return
         if self._state in (self._between_calls, self._name):
             return
-        if complete or (self._state == self._in_call and self._buffer.startswith(f"</{DSML}")):
+        if ends_call:
             self._end_call()
 
     def _between_calls(self) -> bool:

@@ -129,6 +129,39 @@ def test_calls_that_the_model_ended_have_whole_arguments(output, start):
         assert isinstance(json.loads(call["arguments"]), dict)
 
 
+@pytest.mark.parametrize("finish", ["length", "stop"])
+def test_a_call_that_ends_at_any_place_has_what_was_written_so_far(finish):
+    # Each piece of the output, and the arguments when it ends behind it.
+    pieces = [
+        (f'<{D}tool_calls>\n<{D}invoke name="f"', ""),
+        (f">\n<{D}par", ""),
+        ('ameter name="', '{"'),
+        ('a"', None),
+        (' string="', '{"a": '),
+        ('true">', '{"a": "'),
+        ("x\ny", None),
+        (f"</{D}", '{"a": "x\\ny"'),
+        (f"parameter>\n<{D}par", '{"a": "x\\ny"'),
+        ('ameter name="', '{"a": "x\\ny", "'),
+        ('b" string="false">', None),
+        ("[1]", None),
+        (f"</{D}", '{"a": "x\\ny", "b": [1]'),
+        ("parameter>\n</", '{"a": "x\\ny", "b": [1]'),
+        (f"{D}", '{"a": "x\\ny", "b": [1]}'),
+        (f"invoke>\n</{D}tool_calls>", '{"a": "x\\ny", "b": [1]}'),
+    ]
+    output = ""
+    for piece, so_far in pieces:
+        output += piece
+        calls = parse_text(list(output), start_of(False), tools=True, finish=finish)["tool_calls"]
+        assert [call["name"] for call in calls] == ["f"]
+        given = calls[0]["arguments"]
+        if finish == "stop":
+            assert isinstance(json.loads(given), dict)
+        elif so_far is not None:
+            assert given == so_far, output
+
+
 @settings(max_examples=200, deadline=None)
 @given(output=outputs, start=starts)
 def test_without_tools_no_text_becomes_a_call(output, start):
