@@ -15,7 +15,7 @@ from kernels.batch_index import BatchIndex
 from kernels.packed_rows import PackedRows
 from kernels.triton_common import INTERPRET
 from kernels.triton_fp8_gemm import num_multiprocessors
-from kernels.triton_sparse_attention import LOG2E, _join_kernel, sparse_attention_triton
+from kernels.triton_sparse_attention import LOG2E, _join_kernel, entries_of, sparse_attention_triton
 
 HEADS, CHANNELS, ROPE = 64, 512, 64
 TILE_KEYS = 64
@@ -62,11 +62,9 @@ def sparse_attention_hopper(
     output = torch.empty(num_tokens, num_heads, width, dtype=q_THD.dtype, device=device)
     if not num_tokens:
         return output
-    if entries is None or selected_TK is None or not selected_TK.shape[1]:
-        entries, selected, rows_per_page = window, torch.empty(num_tokens, 0, dtype=torch.int32, device=device), 1
-    else:
-        selected, rows_per_page = selected_TK.int(), index.page_tokens // ratio
-    num_keys = window.rows + selected.shape[1]
+    entries, selected, every = entries_of(entries, selected_TK, window, num_tokens)
+    rows_per_page = index.page_tokens // ratio if ratio else 1
+    num_keys = window.rows + (index.page_table.shape[1] * rows_per_page if every else selected.shape[1])
     if splits is None:
         splits = splits_for(num_tokens, num_keys, num_multiprocessors(device))
     shape = (num_tokens, splits, num_heads) if splits > 1 else (0, 0, 0)
@@ -87,7 +85,8 @@ def sparse_attention_hopper(
         new_scales.stride(1), listed.stride(0), listed_scales.stride(0), listed.stride(1), listed_scales.stride(1),
     )  # fmt: skip
     integers = (
-        index.page_table.stride(0), selected.stride(0), window.rows, selected.shape[1], rows_per_page, splits,
+        index.page_table.stride(0), selected.stride(0), window.rows, selected.shape[1], rows_per_page,
+        ratio if every else 0, splits,
     )  # fmt: skip
     error = cuda_build.load("sparse_attention").sparse_attention(
         (c_void_p * len(tensors))(*(tensor.data_ptr() for tensor in tensors)),

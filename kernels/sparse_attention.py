@@ -3,7 +3,8 @@
 T tokens, H heads, D channels, W window, K listed entries, B requests. The shared vector of a row is key and value.
 Window rows of earlier passes are read from the slot's ring (row = position mod W), rows of this pass from `chunk`, in
 the same packed format, so a token sees the same bits whether its neighbours came in its own pass or earlier.
-`selected_TK` lists entry numbers of the token's request, -1 = none; order does not matter.
+`selected_TK` lists entry numbers of the token's request, -1 = none; order does not matter. Without a list a token
+attends to every entry it can see: those j < (p + 1) // ratio.
 
     logit[h, k] = q_h . key_k * scale
     out_h = sum_k exp(logit - m) key_k / (sum_k exp(logit - m) + exp(sink_h - m))
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from kernels.batch_index import BatchIndex, ranges
 from kernels.dispatch import use_triton
+from kernels.indexer import all_entries
 from kernels.packed_rows import PackedRows, read_rows
 
 MAX_GATHERED = 1 << 24
@@ -76,6 +78,8 @@ def sparse_attention_ref(
     num_tokens, dtype = q_THD.shape[0], q_THD.dtype
     if not num_tokens:
         return torch.empty_like(q_THD)
+    if entries is not None and selected_TK is None:
+        selected_TK = all_entries(index, ratio)
     device = q_THD.device
     width = window.rows
     rows, absent = index.cached(("window", width), lambda: _window_plan(index, width))
@@ -126,7 +130,8 @@ def sparse_attention(
     ratio: int = 0,
 ) -> Tensor:
     """q [T, H, D] activation dtype; chunk [1, T] and window [slots, W] of one format; sink [H] float32; entries
-    [pages, rows] of blocks of `ratio` tokens; selected int [T, K]. -> [T, H, D] like q. T may be 0."""
+    [pages, rows] of blocks of `ratio` tokens; selected int [T, K], None = all visible ones. -> [T, H, D] like q. T may
+    be 0."""
     if use_triton(q_THD) and _fits_gpu(q_THD, window):
         from kernels.gpu_attention import sparse_attention_gpu
 

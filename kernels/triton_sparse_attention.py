@@ -68,11 +68,11 @@ def _attend(q, keys, valid, top, norm, total, logit_scale, INTERPRET: tl.constex
 def _attention_kernel(
     q, sink, output, parts, part_tops, part_norms, requests, positions, query_start, context_len, slot_ids, page_table,
     ring, ring_rotary, ring_scales, chunk_offset, chunk_scale_offset, entries, entry_rotary, entry_scales, selected,
-    num_heads, num_selected, rows_per_page, logit_scale, stride_q, stride_pages, stride_selected,
+    num_heads, num_selected, ratio, rows_per_page, logit_scale, stride_q, stride_pages, stride_selected,
     stride_slot, stride_slot_scales, stride_row, stride_row_scales, stride_chunk_row, stride_chunk_scales,
     stride_page, stride_page_scales, stride_entry, stride_entry_scales,
     WINDOW: tl.constexpr, HEADS: tl.constexpr, BLOCKS: tl.constexpr, KEYS: tl.constexpr, SPLITS: tl.constexpr,
-    FP8: tl.constexpr, INTERPRET: tl.constexpr,
+    FP8: tl.constexpr, EVERY: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     token, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     width: tl.constexpr = BLOCKS * 64
@@ -91,6 +91,8 @@ def _attention_kernel(
     norm = tl.zeros((HEADS,), tl.float32)
     total = tl.zeros((HEADS, width), tl.float32)
     window_blocks: tl.constexpr = (WINDOW + KEYS - 1) // KEYS
+    if EVERY:
+        num_selected = (position + 1) // ratio
     blocks = window_blocks + tl.cdiv(num_selected, KEYS)
     start, stop = split * blocks // SPLITS, (split + 1) * blocks // SPLITS
 
@@ -114,7 +116,11 @@ def _attention_kernel(
 
     for block in range(max(start, window_blocks), max(stop, window_blocks)):
         number = (block - window_blocks) * KEYS + tl.arange(0, KEYS)
-        entry = tl.load(selected + token * stride_selected + number, mask=number < num_selected, other=-1).to(tl.int32)
+        if EVERY:
+            entry = tl.where(number < num_selected, number, -1)
+        else:
+            entry = tl.load(selected + token * stride_selected + number, mask=number < num_selected, other=-1)
+            entry = entry.to(tl.int32)
         valid = entry >= 0
         entry = tl.maximum(entry, 0)
         page = tl.load(page_table + request * stride_pages + entry // rows_per_page, mask=valid, other=0).to(tl.int64)
@@ -178,6 +184,19 @@ def splits_for(num_tokens: int, num_keys: int, device: torch.device) -> int:
     return splits
 
 
+def entries_of(
+    entries: PackedRows | None, selected_TK: Tensor | None, window: PackedRows, num_tokens: int
+) -> tuple[PackedRows, Tensor, bool]:
+    """(pool of entries, int32 list [T, K], whether all visible entries count instead of a list). A layer without
+    entries gets an empty list over the window's pool."""
+    if entries is not None and selected_TK is not None and selected_TK.shape[1]:
+        return entries, selected_TK.int(), False
+    nothing = torch.empty(num_tokens, 0, dtype=torch.int32, device=window.data.device)
+    if entries is not None and selected_TK is None:
+        return entries, nothing, True
+    return window, nothing, False
+
+
 def sparse_attention_triton(
     q_THD: Tensor,
     chunk: PackedRows,
@@ -201,16 +220,14 @@ def sparse_attention_triton(
     if not num_tokens:
         return output
     device = q_THD.device
-    if entries is None or selected_TK is None or not selected_TK.shape[1]:
-        entries, selected = window, torch.empty(num_tokens, 0, dtype=torch.int32, device=device)
-        rows_per_page = 1
-    else:
-        selected, rows_per_page = selected_TK, index.page_tokens // ratio
+    entries, listed, every = entries_of(entries, selected_TK, window, num_tokens)
+    rows_per_page = index.page_tokens // ratio if ratio else 1
+    most = index.page_table.shape[1] * rows_per_page if every else listed.shape[1]
     if splits is None:
-        splits = splits_for(num_tokens, window.rows + selected.shape[1], device)
+        splits = splits_for(num_tokens, window.rows + most, device)
     ring, ring_rotary, ring_scales = _views(window)
     new, _, new_scales = _views(chunk)
-    listed, listed_rotary, listed_scales = _views(entries)
+    table, table_rotary, table_scales = _views(entries)
     shape = (num_tokens, splits, num_heads) if splits > 1 else (0, 0, 0)
     parts = torch.empty(*shape, width, dtype=torch.float32, device=device)
     tops, norms = (torch.empty(shape, dtype=torch.float32, device=device) for _ in range(2))
@@ -220,13 +237,13 @@ def sparse_attention_triton(
         # Fresh rows live in another allocation: the kernel reaches them from the ring's address.
         (new.data_ptr() - ring.data_ptr()) // ring.element_size(),
         (new_scales.data_ptr() - ring_scales.data_ptr()) // ring_scales.element_size(),
-        listed, listed_rotary, listed_scales, selected, num_heads, selected.shape[1], rows_per_page, scale * LOG2E,
-        q_THD.stride(0), index.page_table.stride(0), selected.stride(0),
+        table, table_rotary, table_scales, listed, num_heads, listed.shape[1], max(1, ratio), rows_per_page,
+        scale * LOG2E, q_THD.stride(0), index.page_table.stride(0), listed.stride(0),
         ring.stride(0), ring_scales.stride(0), ring.stride(1), ring_scales.stride(1), new.stride(1),
-        new_scales.stride(1), listed.stride(0), listed_scales.stride(0), listed.stride(1), listed_scales.stride(1),
+        new_scales.stride(1), table.stride(0), table_scales.stride(0), table.stride(1), table_scales.stride(1),
         WINDOW=window.rows, HEADS=max(16, triton.next_power_of_2(num_heads)), BLOCKS=blocks, KEYS=BLOCK_KEYS,
-        SPLITS=splits, FP8=window.format == "kv_fp8", INTERPRET=INTERPRET, num_warps=8 if width > 128 else 4,
-        num_stages=2,
+        SPLITS=splits, FP8=window.format == "kv_fp8", EVERY=every, INTERPRET=INTERPRET,
+        num_warps=8 if width > 128 else 4, num_stages=2,
     )  # fmt: skip
     if splits > 1:
         _join_kernel[(num_tokens, num_heads)](

@@ -38,7 +38,9 @@ struct Arguments {
   const uint8_t *ring, *ring_scales, *chunk, *chunk_scales, *entries, *entry_scales;
   int64_t stride_q, stride_slot, stride_slot_scales, stride_row, stride_row_scales, stride_chunk, stride_chunk_scales;
   int64_t stride_page, stride_page_scales, stride_entry, stride_entry_scales;
-  int stride_pages, stride_selected, window, num_selected, rows_per_page, splits;
+  int stride_pages, stride_selected, window, num_selected, rows_per_page;
+  int every_ratio;  // not 0: no list, a token attends to all entries of that many tokens which it can see
+  int splits;
   float logit_scale;
 };
 
@@ -51,7 +53,12 @@ struct Token {
   int position, context, first_fresh;
   const uint8_t *ring, *ring_scales;
   const int *pages, *selected;
+  int num_entries;
 };
+
+__device__ __forceinline__ int num_entries_of(const Arguments& a, int64_t token) {
+  return a.every_ratio ? (static_cast<int>(a.positions[token]) + 1) / a.every_ratio : a.num_selected;
+}
 
 __device__ __forceinline__ Token load_token(const Arguments& a, int64_t token) {
   const int64_t request = a.requests[token];
@@ -63,7 +70,8 @@ __device__ __forceinline__ Token load_token(const Arguments& a, int64_t token) {
           a.ring + slot * a.stride_slot,
           a.ring_scales + slot * a.stride_slot_scales,
           a.page_table + request * a.stride_pages,
-          a.selected + token * a.stride_selected};
+          a.selected + token * a.stride_selected,
+          num_entries_of(a, token)};
 }
 
 // Where a key's row lies: its pool in the two bits below the sign, its number in the pool below them; negative: no key.
@@ -78,7 +86,7 @@ __device__ __forceinline__ int locate(const Arguments& a, const Token& token, in
     return row >= token.context ? kChunk << kPoolShift | (token.first_fresh + row) : row % a.window;
   }
   const int number = (tile - window_tiles) * kKeys + lane;
-  const int entry = number < a.num_selected ? token.selected[number] : -1;
+  const int entry = number >= token.num_entries ? -1 : a.every_ratio ? number : token.selected[number];
   if (entry < 0) return -1;
   return kEntries << kPoolShift | (token.pages[entry / a.rows_per_page] * a.rows_per_page + entry % a.rows_per_page);
 }
@@ -365,7 +373,7 @@ __global__ void __launch_bounds__(kThreads, 1) attention_kernel(const Arguments 
   uint8_t* tiles = query + kTile;
   const int64_t token = blockIdx.x;
   const int split = blockIdx.y;
-  const int tiles_of_all = (a.window + kKeys - 1) / kKeys + (a.num_selected + kKeys - 1) / kKeys;
+  const int tiles_of_all = (a.window + kKeys - 1) / kKeys + (num_entries_of(a, token) + kKeys - 1) / kKeys;
   const int first = split * tiles_of_all / a.splits, last = (split + 1) * tiles_of_all / a.splits;
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < kStages; ++stage) {
@@ -417,7 +425,8 @@ extern "C" int sparse_attention(const void* const* pointers, const int64_t* stri
   a.window = integers[2];
   a.num_selected = integers[3];
   a.rows_per_page = integers[4];
-  a.splits = integers[5];
+  a.every_ratio = integers[5];
+  a.splits = integers[6];
   a.logit_scale = logit_scale;
   const cudaError_t error = cudaFuncSetAttribute(attention_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
   if (error != cudaSuccess) return error;

@@ -8,12 +8,19 @@ import pytest
 import torch
 
 from kernels import fp8_gemm, hyper_connection, moe
+from kernels.attention_inputs import attention_inputs
+from kernels.compressor import EntryTarget, compress_overlapping, compress_pending
 from kernels.dispatch import forced_triton
 from kernels.gpu_experts import routed_experts_gpu
 from kernels.hyper_connection import HyperSettings, HyperWeights, Mix
+from kernels.indexer import index_query, select_entries
 from kernels.quantize import quantize_fp4, quantize_fp8_tiles
+from kernels.rms_norm import rms_norm
+from kernels.rope import rope, rope_angles
 from kernels.triton_fp8_gemm import fp8_gemm_triton
 from kernels.triton_hyper_connection import hyper_post_triton, hyper_pre_triton
+from kernels.window_ring import insert_window
+from tests.kernels.state_batches import batch, moved, pool, pool_copy
 
 
 @pytest.fixture
@@ -86,3 +93,64 @@ def test_packed_experts_run_the_kernel_under_the_released_rounding_only(generato
     else:
         expected = moe.routed_experts_ref(x, experts, route, local, limit=10.0, simulate=False)
     assert torch.equal(got, expected)
+
+
+def _twin_and_kernel(device, on_gpu, run):
+    """What `run(device)` gives through the twins, then through the launchers as on a GPU; both on the CPU."""
+    expected = run(torch.device("cpu"))
+    with on_gpu:
+        return run(device).cpu(), expected
+
+
+@pytest.mark.parametrize("single", [True, False])
+def test_a_layers_state_ops_run_the_kernels(device, on_gpu, single):
+    requests = [(39, 1), (11, 1)] if single else [(39, 5), (0, 9)]
+
+    def run(where):
+        generator = torch.Generator().manual_seed(3)
+
+        def randn(*shape):
+            return torch.randn(*shape, generator=generator)
+
+        index = moved(batch(requests), where)
+        ring, entries, keys = (
+            pool_copy(pool(3, 16, 128, "bf16", 64), where),
+            pool_copy(pool(9, 8, 128, "bf16", 64), where),
+            pool_copy(pool(9, 8, 128, "key_fp8", 0), where),
+        )
+        frequencies, norm = torch.logspace(0, -4, 32).to(where), torch.ones(128, device=where)
+        angles = rope_angles(index.positions_T, frequencies)
+        tokens = index.num_tokens
+        query, row = randn(tokens, 4, 128).bfloat16().to(where), randn(tokens, 128).bfloat16().to(where)
+        query, chunk = attention_inputs(query, row, norm, angles, 1e-6, ring, index, simulate=True)
+        if not single:
+            insert_window(chunk, ring, index)
+        value, score, ape = (randn(*shape).to(where) for shape in ((tokens, 256), (tokens, 256), (4, 256)))
+        state = (torch.zeros(3, 4, 2, 256, device=where), torch.zeros(3, 4, 2, 128, device=where))
+        for pool_ in (entries, keys):
+            target = EntryTarget(norm, frequencies, pool_, 1e-6, True)
+            compress_overlapping(value, score, ape, *state, index, target, torch.bfloat16)
+        pending = torch.zeros(3, 3, 128, device=where)
+        target = EntryTarget(norm, frequencies, pool_copy(pool(9, 2, 128, "kv_fp8", 64), where), 1e-6, True)
+        ape = randn(16, 128).to(where)
+        compress_pending(value[:, :128], score[:, :128], ape, pending, index, target, torch.bfloat16)
+        asked = index_query(randn(tokens, 2, 128).bfloat16().to(where), angles, keys, simulate=True)
+        keys.data.copy_(torch.arange(128).expand_as(keys.data).byte())  # earlier passes' keys, as if written
+        assert keys.scales is not None
+        keys.scales.fill_(1.0)
+        chosen = select_entries(asked, torch.ones(tokens, 2, device=where), keys, index, 4, 3)
+        return torch.cat([part.float().flatten().cpu() for part in (query, ring.data, *state, pending, chosen >= 0)])
+
+    got, expected = _twin_and_kernel(device, on_gpu, run)
+    torch.testing.assert_close(got, expected, rtol=2e-2, atol=2e-2, equal_nan=True)
+
+
+def test_elementwise_launchers_run_the_kernels(device, on_gpu):
+    def run(where):
+        x = torch.linspace(-30, 30, 256).view(2, 128).bfloat16().to(where)
+        angles = rope_angles(torch.arange(2, device=where), torch.logspace(0, -4, 32).to(where))
+        normed = rms_norm(x, torch.ones(128, device=where), 1e-6)
+        return torch.cat((normed, rope(normed.clone(), *angles, inverse=True), moe.swiglu(x, x, 10.0)))
+
+    got, expected = _twin_and_kernel(device, on_gpu, run)
+    torch.testing.assert_close(got, expected, rtol=1e-2, atol=1e-2)

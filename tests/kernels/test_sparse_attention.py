@@ -8,6 +8,7 @@ import torch
 from kernels.batch_index import BatchIndex
 from kernels.gpu_attention import fits_hopper, sparse_attention_hopper
 from kernels.gpu_attention import splits_for as hopper_splits_for
+from kernels.indexer import all_entries
 from kernels.packed_rows import PackedRows, write_rows
 from kernels.sparse_attention import sparse_attention_ref
 from kernels.triton_sparse_attention import sparse_attention_triton, splits_for
@@ -106,6 +107,22 @@ def test_a_layer_without_entries_attends_to_its_window(generator, device):
     assert _relative(got, sparse_attention_ref(query.float(), chunk, ring, sink, index, 0.1)) < 6e-3
 
 
+@pytest.mark.parametrize("splits", [1, 4])
+@pytest.mark.parametrize("form", ["kv_fp8", "bf16"])
+def test_without_a_list_every_visible_entry_counts(generator, device, form, splits):
+    query, chunk, ring, sink, index, entries, _ = _case(
+        generator, device, [(150, 1), (0, 5), (33, 2), (2, 1)], heads=4, width=128, window=8, listed=0, form=form
+    )
+    got = sparse_attention_triton(query, chunk, ring, sink, index, 0.1, entries, None, RATIO, splits)
+    visible = all_entries(index, RATIO)
+    expected = sparse_attention_ref(query.float(), chunk, ring, sink, index, 0.1, entries, visible, RATIO)
+    assert _relative(got, expected) < 6e-3
+    assert torch.equal(
+        sparse_attention_ref(query, chunk, ring, sink, index, 0.1, entries, None, RATIO),
+        sparse_attention_ref(query, chunk, ring, sink, index, 0.1, entries, visible, RATIO),
+    )
+
+
 def test_a_token_does_not_depend_on_its_batch(generator, device):
     query, chunk, ring, sink, index, entries, selected = _case(
         generator, device, [(50, 1), (90, 1), (3, 1)], heads=4, width=128, window=16, listed=24, form="kv_fp8"
@@ -157,6 +174,7 @@ def test_attention_matches_at_the_released_size(generator, device, batch, splits
         generator, device, batch, heads=64, width=512, window=128, listed=512, form="kv_fp8"
     )
     run = sparse_attention_hopper if kernel == "hopper" else sparse_attention_triton
-    got = run(query, chunk, ring, sink, index, 512**-0.5, entries, selected, RATIO, splits)
-    expected = sparse_attention_ref(query.float(), chunk, ring, sink, index, 512**-0.5, entries, selected, RATIO)
-    assert _relative(got, expected) < 6e-3
+    for chosen in (selected, None):
+        got = run(query, chunk, ring, sink, index, 512**-0.5, entries, chosen, RATIO, splits)
+        expected = sparse_attention_ref(query.float(), chunk, ring, sink, index, 512**-0.5, entries, chosen, RATIO)
+        assert _relative(got, expected) < 6e-3
