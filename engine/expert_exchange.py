@@ -1,44 +1,104 @@
-"""Tokens to the ranks that hold their experts and back, over gloo: everybody sees all and adds its experts' part.
+"""Tokens to the ranks that hold their experts and back: everybody sees all tokens and adds its experts' part.
 
-T tokens of this rank, U tokens of all ranks, D channels, K experts a token, M the largest T of any rank.
+T tokens of this rank, M the most of any rank, S ranks, D channels, K experts a token. A token's six experts lie on 3.3
+of 4 ranks on average, so sending every token to all ranks costs a fifth more than sending it where it must go, and
+needs no counts from a device: an all-gather of M rows per rank, then an all-to-all of partial sums, which every rank
+adds up in the order of ranks, so that a token's bits do not depend on the batch. All sizes are known to the host before
+the step, so a captured graph can hold the exchange as well as a step with prompts. Between CPU ranks the same calls go
+over gloo.
+
+Large steps go through the experts in parts. All are sent at once; while one is computed the next ones arrive and the
+sums of the last one leave.
 """
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from engine.lockstep import Lockstep, RankGroup
-
-
-def expert_range(num_experts: int, rank: int, size: int) -> range:
-    """The contiguous experts of one rank; sizes differ by at most one."""
-    return range(num_experts * rank // size, num_experts * (rank + 1) // size)
+from engine.parallel import Agreement
+from engine.rank_group import Pending, RankGroup
+from kernels.exchange_rows import RowFormat, pack_rows, unpack_rows
+from model.moe import ExpertCompute
 
 
 class ExpertExchange:
-    """`model.moe.ExpertParallel`. One dispatch and one combine per layer, in the same order on every rank.
+    """`model.moe.ExpertParallel`. The same calls in the same order on every rank, also with zero tokens."""
 
-    How many tokens each rank has is known from the step's agreement, so that one all-gather of equal shapes is enough.
-    """
-
-    def __init__(self, group: RankGroup, lockstep: Lockstep) -> None:
+    def __init__(
+        self,
+        group: RankGroup,
+        agreement: Agreement,
+        *,
+        num_experts: int,
+        quantised: bool,
+        part_tokens: int,
+        sums: torch.dtype = torch.float32,
+    ) -> None:
+        """quantised: send e4m3 rows, exact where the experts round their inputs so themselves.
+        part_tokens: tokens per rank that go through the experts together.
+        sums: dtype in which partial sums travel."""
         self._group = group
-        self._lockstep = lockstep
+        self._agreement = agreement
+        self._num_experts = num_experts
+        self._quantised = quantised
+        self._part_tokens = part_tokens
+        self._sums = sums
 
-    def dispatch(self, x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        parts = (x_TD, experts_TK, weights_TK)
-        widths = [part.shape[1] * part.element_size() for part in parts]
-        counts = self._lockstep.num_tokens
-        mine = torch.zeros((max(counts), sum(widths)), dtype=torch.uint8)
-        mine[: x_TD.shape[0]] = torch.cat([part.contiguous().view(torch.uint8) for part in parts], dim=1)
-        gathered = self._group.all_gather(mine)
-        rows = torch.cat([rows[:count] for rows, count in zip(gathered, counts, strict=True)])
-        x, experts, weights = (
-            piece.contiguous().view(part.dtype) for piece, part in zip(rows.split(widths, dim=1), parts, strict=True)
-        )
-        return x, experts, weights
+    def send(self, x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> InFlight:
+        layout = RowFormat(x_TD.shape[1], experts_TK.shape[1], x_TD.dtype, self._quantised)
+        parts = []
+        for begin, end in parts_of(self._num_rows(x_TD.shape[0]), self._part_tokens):
+            mine = slice(min(begin, x_TD.shape[0]), min(end, x_TD.shape[0]))
+            rows = pack_rows(x_TD[mine], experts_TK[mine], weights_TK[mine], layout, end - begin, self._num_experts)
+            gathered = rows.new_empty(self._group.size * rows.shape[0], rows.shape[1])
+            parts.append((gathered, self._group.all_gather(gathered, rows), rows))
+        return InFlight(self._group, layout, parts, x_TD.shape[0], self._sums)
 
-    def combine(self, partial_UD: Tensor) -> Tensor:
-        self._group.all_reduce(partial_UD)
-        counts = self._lockstep.num_tokens
-        start = sum(counts[: self._group.rank])
-        return partial_UD[start : start + counts[self._group.rank]]
+    def _num_rows(self, num_tokens: int) -> int:
+        """M. A captured step is padded to the same size on all ranks, and that is at least what was agreed."""
+        return max(num_tokens, self._agreement.plan.max_tokens)
+
+
+class InFlight:
+    """Tokens on their way to the experts."""
+
+    def __init__(
+        self,
+        group: RankGroup,
+        layout: RowFormat,
+        parts: Sequence[tuple[Tensor, Pending, Tensor]],
+        num_tokens: int,
+        sums: torch.dtype,
+    ) -> None:
+        self._group = group
+        self._layout = layout
+        self._parts = parts
+        """Everybody's rows, their arrival, and this rank's own rows, which must live until then."""
+        self._num_tokens = num_tokens
+        self._sums = sums
+
+    def through(self, compute: ExpertCompute) -> Tensor:
+        """The sums over all experts of this rank's tokens: float32 [T, D]."""
+        sums: list[tuple[Tensor, Pending, Tensor]] = []
+        for gathered, arrival, _ in self._parts:
+            arrival.wait()
+            mine = compute(*unpack_rows(gathered, self._layout)).to(self._sums)
+            ours = torch.empty_like(mine)
+            sums.append((ours, self._group.all_to_all(ours, mine), mine))
+        totals = []
+        for ours, arrival, _ in sums:
+            arrival.wait()
+            totals.append(ours.unflatten(0, (self._group.size, -1)).sum(0, dtype=torch.float32))
+        whole = totals[0] if len(totals) == 1 else torch.cat(totals)
+        return whole[: self._num_tokens]
+
+
+def parts_of(num_rows: int, part_rows: int) -> list[tuple[int, int]]:
+    """[0, num_rows) in as few parts of at most `part_rows` as possible, of nearly equal size; one part if empty."""
+    count = max(1, -(-num_rows // part_rows))
+    bounds = [num_rows * part // count for part in range(count + 1)]
+    return list(itertools.pairwise(bounds))

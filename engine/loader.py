@@ -18,7 +18,9 @@ from model.batch import ForwardBatch
 from model.checkpoint import load_weights
 from model.config import EXPERT_GROUP, QUANT_TILE, ModelConfig
 from model.inventory import inventory
+from model.lm_head import HeadParallel
 from model.moe import ExpertParallel
+from model.placement import ExpertShare
 from model.random_weights import random_weight
 from model.state import StateViews
 from model.state_layout import IndexFormat, RowFormat, StateLayout, build_state_layout
@@ -28,6 +30,16 @@ from runtime.errors import ConfigError
 log = logging.getLogger(__name__)
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True, slots=True)
+class Sharing:
+    """One rank's part in a model that several ranks hold together."""
+
+    experts: ExpertShare
+    exchange: ExpertParallel
+    head: HeadParallel | None = None
+    """None: every rank has the whole vocabulary head."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,19 +59,25 @@ class LoadedRank:
         """Advance this rank's state by a batch; logits float32 [L, vocab]."""
         return self.model.forward(batch, self.state)
 
+    def features(self, batch: ForwardBatch) -> Tensor:
+        """The same up to the vocabulary head, `model.logits`."""
+        return self.model.features(batch, self.state)
+
 
 def load_rank(
     config: EngineConfig,
     *,
     holds_states: bool,
     rank: int = 0,
-    experts: range | None = None,
-    expert_parallel: ExpertParallel | None = None,
+    sharing: Sharing | None = None,
+    count_experts: bool = False,
     progress: bool = True,
 ) -> LoadedRank:
     """Load the weights and allocate the pools of one rank.
 
     holds_states: finished prompts stay in slots of their own until another rank has fetched them.
+    sharing: what this rank has of the model and how it reaches the rest; None: everything.
+    count_experts: keep count of the tokens that choose each expert.
     Raises ConfigError and CheckpointError naming the field, tensor or number.
     """
     started = time.monotonic()
@@ -78,15 +96,17 @@ def load_rank(
         model_config,
         dtype=_DTYPES[config.dtype],
         numerics=config.numerics,
-        experts=experts,
-        expert_parallel=expert_parallel,
+        experts=sharing.experts if sharing is not None else None,
+        expert_parallel=sharing.exchange if sharing is not None else None,
+        head_parallel=sharing.head if sharing is not None else None,
+        count_experts=count_experts,
         device=device,
         packed_weights=device.type == "cuda" and config.numerics == "released",
     )
     if config.load_format == "dummy":
         _load_dummy(model, model_config, config.seed)
     else:
-        load_weights(config.model, model, experts=experts, progress=progress)
+        load_weights(config.model, model, progress=progress)
     sizes = plan_pools(
         config, model_config, layout, holds_states=holds_states, budget_bytes=state_budget(config, device)
     )

@@ -1,114 +1,104 @@
-"""Several ranks step together over gloo: one small all-gather before each step while anybody has work.
+"""Several ranks step together: before each step, while anybody has work, everybody tells everybody what it would run.
 
-Rounds are numbered. In a round every rank says how many tokens it would run. After a round in which nobody had any, all
-are idle and none calls the collective, until a rank gets work: it rings the bell for the next round and enters it, and
-the others follow. All ranks see the same answers, so all agree on who is idle when.
+Rounds are numbered. In a round every rank sends one record and takes one of each other rank. After a round in which
+nobody had any tokens all are idle, and nothing is sent until a rank gets work: it begins the next round, and its record
+wakes the others, who follow. All ranks see the same records, so all agree on who is idle when.
 """
 
 import logging
-from datetime import timedelta
+import struct
+import time
 
-import torch
-import torch.distributed as dist
-
-from engine.bell import Bell
 from engine.parallel import StepIntent, StepPlan
+from engine.peer_mesh import PeerMesh
 from runtime.errors import EngineError
 
 log = logging.getLogger(__name__)
 
-
-class RankGroup:
-    """The connections of one rank to its group: created together, closed together.
-
-    The ranks meet at `host`:`port`, where rank 0 listens. `bell` is on the address at which the others reach this rank.
-    `timeout_s` bounds the meeting and every later wait for a peer; a peer that dies is noticed at once.
-    Raises EngineError when the others do not come.
-    """
-
-    def __init__(self, rank: int, size: int, host: str, port: int, bell: Bell, timeout_s: float) -> None:
-        self.rank = rank
-        self.size = size
-        self.bell = bell
-        timeout = timedelta(seconds=timeout_s)
-        try:
-            store = dist.TCPStore(host, port, size, is_master=rank == 0, timeout=timeout)
-            store.set(f"bell/{rank}", bell.address)
-            others = [store.get(f"bell/{peer}").decode() for peer in range(size) if peer != rank]
-            options = dist.ProcessGroupGloo._Options()
-            options._devices = [dist.ProcessGroupGloo.create_device(hostname=bell.host)]
-            options._timeout = timeout
-            self._backend = dist.ProcessGroupGloo(store, rank, size, options)
-        except Exception as error:
-            raise EngineError(f"rank {rank} cannot join its group of {size} at {host}:{port}: {error}") from error
-        self._store = store
-        bell.connect(others)
-
-    def all_gather(self, mine: torch.Tensor) -> list[torch.Tensor]:
-        """Equal shapes on all ranks -> everybody's tensor, by rank. Raises EngineError when a peer is gone or late."""
-        everybody = [torch.empty_like(mine) for _ in range(self.size)]
-        try:
-            self._backend.allgather([everybody], [mine]).wait()
-        except RuntimeError as error:
-            raise EngineError(f"rank {self.rank} lost a peer: {error}") from error
-        return everybody
-
-    def all_reduce(self, summands: torch.Tensor) -> None:
-        """In place: the sum over all ranks. Raises EngineError when a peer is gone or late."""
-        try:
-            self._backend.allreduce([summands]).wait()
-        except RuntimeError as error:
-            raise EngineError(f"rank {self.rank} lost a peer: {error}") from error
-
-    def close(self) -> None:
-        self.bell.close()
-        self._backend.shutdown()
+_RECORD = struct.Struct("<QIIB3x")
+"""Round, tokens, logits rows, flags."""
+RECORD_BYTES = _RECORD.size
+_DECODE_ONLY, _LEAVING = 1, 2
+_ORPHAN_S = 5.0
+"""A rank whose group has ended is told to stop as well; one that is not, because its node lives on, ends by itself."""
 
 
 class Lockstep:
     """`parallel.Parallel` for the ranks of a group."""
 
-    def __init__(self, group: RankGroup) -> None:
-        self._group = group
+    def __init__(self, mesh: PeerMesh, size: int, timeout_s: float) -> None:
+        """`timeout_s`: how long a peer may take to answer in a round."""
+        self._mesh = mesh
+        self._timeout_s = timeout_s
         self._round = 0
         self._idle = True
-        self._stopped = False
-        self.num_tokens: tuple[int, ...] = (0,) * group.size
-        """What every rank runs in the current step."""
+        self._left = False
+        self._ended = ""
+        self._ended_at = 0.0
+        self.size = size
+        self.plan = StepPlan((0,) * size, decode_only=True)
+        """What all ranks run in the current step."""
 
     @property
-    def size(self) -> int:
-        return self._group.size
+    def num_rounds(self) -> int:
+        return self._round
 
     @property
     def busy(self) -> bool:
-        return not self._stopped and (not self._idle or self._group.bell.latest > self._round)
+        if self._left:
+            return False
+        if self._ended:
+            return time.monotonic() > self._ended_at + _ORPHAN_S
+        return not self._idle or self._mesh.pending
+
+    def begin(self, timeout_s: float) -> None:
+        """Before the first step: wait until every rank can take part. Raises as `agree` does."""
+        self._exchange(_RECORD.pack(0, 0, 0, _DECODE_ONLY), timeout_s)
 
     def agree(self, intent: StepIntent) -> StepPlan:
-        if self._stopped or (self._idle and not intent.num_tokens and not self.busy):
-            return StepPlan((0,) * self.size, decode_only=True)
-        return self._next_round(intent, leaving=False)
+        if self._ended and (intent.num_tokens or self.busy):
+            raise EngineError(f"{self._ended}: no rank steps without it")
+        if self._left or self._ended or (self._idle and not intent.num_tokens and not self._mesh.pending):
+            self.plan = StepPlan((0,) * self.size, decode_only=True)
+        else:
+            self.plan = self._next_round(intent)
+        return self.plan
 
     def leave(self) -> None:
-        if self._stopped:
-            return
-        try:
-            self._next_round(StepIntent(num_tokens=0, decode_only=True), leaving=True)
-        except EngineError as error:
-            log.info("leaving a group that is gone already: %s", error)
-        self._stopped = True
+        if not self._left:
+            self._left = True
+            if not self._ended:
+                self._mesh.send(_RECORD.pack(self._round + 1, 0, 0, _DECODE_ONLY | _LEAVING))
+            self._mesh.stop_watching()
 
-    def _next_round(self, intent: StepIntent, *, leaving: bool) -> StepPlan:
+    def _next_round(self, intent: StepIntent) -> StepPlan:
         self._round += 1
-        if self._idle:
-            self._group.bell.ring(self._round)
-        mine = torch.tensor([intent.num_tokens, intent.decode_only, leaving])
-        answers = torch.stack(self._group.all_gather(mine))
-        num_tokens, decode_only, leavers = answers.unbind(-1)
-        self._idle = not bool(num_tokens.any())
-        if leavers.any():
-            # A step needs everybody, so there are no more steps.
-            self._stopped = True
-            num_tokens = torch.zeros_like(num_tokens)
-        self.num_tokens = tuple(num_tokens.tolist())
-        return StepPlan(self.num_tokens, bool(decode_only.all()))
+        flags = _DECODE_ONLY if intent.decode_only else 0
+        mine = _RECORD.pack(self._round, intent.num_tokens, intent.num_logits, flags)
+        num_tokens = [0] * self.size
+        num_tokens[self._mesh.rank] = intent.num_tokens
+        max_logits = intent.num_logits
+        leavers = []
+        for peer, record in self._exchange(mine, self._timeout_s).items():
+            number, num_tokens[peer], num_logits, their_flags = _RECORD.unpack(record)
+            if number != self._round:
+                raise EngineError(f"rank {self._mesh.rank} is in round {self._round}, rank {peer} in {number}")
+            max_logits = max(max_logits, num_logits)
+            flags &= their_flags
+            if their_flags & _LEAVING:
+                leavers.append(peer)
+        if leavers:
+            self._end(leavers)
+            return StepPlan((0,) * self.size, decode_only=True)
+        self._idle = not any(num_tokens)
+        return StepPlan(tuple(num_tokens), bool(flags), max_logits)
+
+    def _exchange(self, record: bytes, timeout_s: float) -> dict[int, bytes]:
+        self._mesh.send(record)
+        return self._mesh.receive(timeout_s)
+
+    def _end(self, leavers: list[int]) -> None:
+        self._ended = f"rank(s) {', '.join(map(str, leavers))} left the group"
+        self._ended_at = time.monotonic()
+        self._mesh.stop_watching()
+        log.info("%s: the steps of all have ended", self._ended)

@@ -1,4 +1,4 @@
-"""Ranks of one node group that step together: what they agree on before each step.
+"""Ranks of one group that step together: what they agree on before each step.
 
 With experts spread over the ranks, a forward pass of one needs all of them. Before each step every rank says what it
 would run; all get the same answer. A rank without work takes part with an empty batch, and when nobody has work nobody
@@ -17,6 +17,8 @@ class StepIntent(msgspec.Struct, frozen=True):
     """Tokens of its batch; 0 = nothing to do."""
     decode_only: bool
     """All of them are decode tokens, so a captured graph may serve."""
+    num_logits: int = 0
+    """Rows whose logits it wants."""
 
 
 class StepPlan(msgspec.Struct, frozen=True):
@@ -26,11 +28,24 @@ class StepPlan(msgspec.Struct, frozen=True):
     """Tokens of every rank's batch, by rank. The largest is what sizes of buffers and graphs are chosen by."""
     decode_only: bool
     """No rank runs a prompt."""
+    max_logits: int = 0
+    """The most logits rows of any rank."""
+
+    @property
+    def max_tokens(self) -> int:
+        return max(self.num_tokens)
 
     @property
     def runs(self) -> bool:
         """Somebody has work: everybody calls the model, if need be with an empty batch."""
         return any(self.num_tokens)
+
+
+class Agreement(Protocol):
+    """Where the exchanges of a step read what was agreed on before it."""
+
+    @property
+    def plan(self) -> StepPlan: ...
 
 
 class Parallel(Protocol):
@@ -42,14 +57,15 @@ class Parallel(Protocol):
 
     @property
     def busy(self) -> bool:
-        """Another rank may be waiting for this one: `agree` must be called without delay, with or without work."""
+        """Another rank may be waiting for this one, or one is gone: `agree` must be called without delay, with or
+        without work."""
 
     def agree(self, intent: StepIntent) -> StepPlan:
         """Collective while the group is busy. Raises EngineError when a peer is gone or does not answer in time."""
         ...
 
     def leave(self) -> None:
-        """Tell the others that this rank steps no more; none of them does from then on."""
+        """Tell the others that this rank steps no more; none of them does from then on. Waits for nobody."""
 
 
 class SingleRank:
@@ -59,7 +75,7 @@ class SingleRank:
     busy = False
 
     def agree(self, intent: StepIntent) -> StepPlan:
-        return StepPlan((intent.num_tokens,), intent.decode_only)
+        return StepPlan((intent.num_tokens,), intent.decode_only, intent.num_logits)
 
     def leave(self) -> None:
         """Nobody to tell."""

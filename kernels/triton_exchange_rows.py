@@ -20,10 +20,10 @@ def _pack_kernel(
     row = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     groups: tl.constexpr = BLOCK // 128
-    inside = row < num_tokens
+    # Masks compare blocks: the interpreter cannot spread a truth value.
     if part == 0:
         choice = tl.arange(0, CHOICES)
-        held = (choice < TOPK) & inside
+        held = (choice < TOPK) & (row + 0 * choice < num_tokens)
         weight = tl.load(weights + row * TOPK + choice, mask=held, other=0.0)
         expert = tl.load(experts + row * TOPK + choice, mask=held, other=0).to(tl.int32)
         expert = tl.where(held, expert, nowhere)
@@ -31,7 +31,7 @@ def _pack_kernel(
         tl.store(rows_f32 + words, weight, mask=choice < TOPK)
         tl.store(rows_i32 + words + TOPK, expert, mask=choice < TOPK)
     column = part * BLOCK + tl.arange(0, BLOCK)
-    value = tl.load(x + row * stride_x + column, mask=inside, other=0.0).to(tl.float32)
+    value = tl.load(x + row * stride_x + column, mask=row + 0 * column < num_tokens, other=0.0).to(tl.float32)
     value = tl.reshape(value, (groups, 128))
     scale = power_of_two_scale(tl.maximum(tl.max(tl.abs(value), axis=1), 1e-4), 1.0 / 448.0)
     code = tl.reshape(to_e4m3(value * (1.0 / scale)[:, None], INTERPRET), (BLOCK,))

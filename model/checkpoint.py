@@ -95,15 +95,11 @@ class Checkpoint:
                 )
 
 
-def load_weights(
-    directory: str | Path, model: Transformer, *, experts: range | None = None, progress: bool = True
-) -> None:
-    """Fills every weight of `model` from `directory`.
+def load_weights(directory: str | Path, model: Transformer, *, progress: bool = True) -> None:
+    """Fills every weight of `model` from `directory`: only what it has is read.
 
-    experts: must be the model's own range if given. progress: show a bar on stderr if that is a terminal.
+    progress: show a bar on stderr if that is a terminal.
     Raises ConfigError if the directory is of another configuration, CheckpointError as Checkpoint does."""
-    if experts is not None and experts != model.experts:
-        raise ValueError(f"experts={experts}: the model was built for {model.experts}")
     checkpoint = Checkpoint(directory)
     _require_same(checkpoint.config, model.config, checkpoint.directory)
     holders = model.holders()

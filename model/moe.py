@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import torch
@@ -12,17 +12,26 @@ from kernels.moe import route_by_score, route_by_token, routed_experts, swiglu
 from model.config import ModelConfig
 from model.context import ForwardContext
 from model.linear import ExpertBank, Linear, Numerics, Weight, WeightHolder
+from model.placement import LayerShare
+
+ExpertCompute = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Tokens [U, D], experts [U, K], weights [U, K] -> float32 [U, D]: the sums over this rank's experts."""
+
+
+class SentTokens(Protocol):
+    """Tokens on their way to their experts."""
+
+    def through(self, compute: ExpertCompute) -> Tensor:
+        """Compute what arrives here, its own tokens and others', and collect the sums over all ranks for this rank's
+        tokens: float32 [T, D]."""
 
 
 class ExpertParallel(Protocol):
     """Moves tokens between the ranks that hold the experts. Every rank makes the same calls in the same order, also
     with zero tokens."""
 
-    def dispatch(self, x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """-> the tokens this rank computes (its own and others'), with their routing."""
-
-    def combine(self, partial_UD: Tensor) -> Tensor:
-        """float32 sums of local experts for the dispatched tokens -> float32 [T, D] over all ranks, own tokens."""
+    def send(self, x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> SentTokens:
+        """Begin; what is computed until `through` hides the way."""
 
 
 class SharedExpert:
@@ -41,22 +50,30 @@ class SharedExpert:
 
     def __call__(self, x_TD: Tensor) -> Tensor:
         gate, up = self.w13.split(x_TD)
-        return self.w2(swiglu(gate, up, self._limit).to(x_TD.dtype))
+        return self.w2(swiglu(gate, up, self._limit))
 
 
 class MixtureOfExperts:
     """Routed and shared experts of one layer."""
 
     def __init__(
-        self, config: ModelConfig, layer: int, experts: range, parallel: ExpertParallel | None, numerics: Numerics
+        self,
+        config: ModelConfig,
+        layer: int,
+        share: LayerShare,
+        parallel: ExpertParallel | None,
+        numerics: Numerics,
+        counts_E: Tensor | None = None,
     ) -> None:
-        self._config, self._experts, self._parallel = config, experts, parallel
-        self.gate = Weight(torch.float32, numerics)
+        """counts_E: int64, counts the tokens that chose each expert."""
+        self._config, self._share, self._parallel, self._counts = config, share, parallel, counts_E
+        self._places = None if share.places is None else torch.tensor(share.places, device=numerics.device)
+        self.gate = Weight(numerics.wide, numerics)
         by_token = config.is_hash_layer(layer)
         self.bias = None if by_token else Weight(torch.float32, numerics)
         self.tid2eid = Weight(torch.int32, numerics) if by_token else None
         self.shared = SharedExpert(config, numerics)
-        self.bank = ExpertBank(config, experts, numerics)
+        self.bank = ExpertBank(config, range(share.first, share.first + len(share.experts)), numerics)
 
     def holders(self, prefix: str) -> Iterator[tuple[str, WeightHolder]]:
         yield f"{prefix}.gate.weight", self.gate
@@ -65,9 +82,9 @@ class MixtureOfExperts:
         if self.tid2eid is not None:
             yield f"{prefix}.gate.tid2eid", self.tid2eid
         yield from self.shared.holders(f"{prefix}.shared_experts")
-        for expert in self._experts:
+        for place, expert in enumerate(self._share.experts, start=self._share.first):
             for matrix in ("w1", "w2", "w3"):
-                yield f"{prefix}.experts.{expert}.{matrix}.weight", self.bank.holder(expert, matrix)
+                yield f"{prefix}.experts.{expert}.{matrix}.weight", self.bank.holder(place, matrix)
 
     def __call__(self, x_TD: Tensor, context: ForwardContext) -> Tensor:
         config = self._config
@@ -80,13 +97,29 @@ class MixtureOfExperts:
             experts, weights = route_by_token(
                 x_TD, self.gate.value, self.tid2eid.value, context.token_ids, config.routed_scaling_factor
             )
-        routed_x = x_TD
-        if self._parallel is not None:
-            routed_x, experts, weights = self._parallel.dispatch(x_TD, experts, weights)
-        routed = routed_experts(
-            routed_x, experts, weights, self.bank.weights, limit=config.swiglu_limit, simulate=context.simulate
-        )
-        shared = self.shared(x_TD)
-        if self._parallel is not None:
-            routed = self._parallel.combine(routed)
+        if self._counts is not None:
+            chosen = experts.flatten()
+            self._counts.index_add_(0, chosen, torch.ones_like(chosen))
+        if self._places is not None:
+            experts = self._places[experts]
+
+        def compute(x_UD: Tensor, experts_UK: Tensor, weights_UK: Tensor) -> Tensor:
+            local = self.bank.weights
+            return routed_experts(
+                x_UD,
+                experts_UK,
+                weights_UK,
+                local,
+                limit=config.swiglu_limit,
+                simulate=context.simulate,
+                num_experts=config.n_routed_experts,
+            )
+
+        if self._parallel is None:
+            routed = compute(x_TD, experts, weights)
+            shared = self.shared(x_TD)
+        else:
+            sent = self._parallel.send(x_TD, experts, weights)
+            shared = self.shared(x_TD)
+            routed = sent.through(compute)
         return (routed + shared.float()).to(x_TD.dtype)

@@ -10,14 +10,15 @@ from torch import Tensor
 
 from kernels.hyper_connection import HyperSettings, Mix, hyper_head, hyper_post, hyper_post_pre, hyper_pre
 from kernels.rms_norm import rms_norm
-from kernels.row_linear import row_linear
 from model.attention import Attention
 from model.batch import ForwardBatch
 from model.config import ModelConfig
 from model.context import ForwardContext
 from model.hyper_connection import HyperConnection
 from model.linear import Numerics, Weight, WeightHolder
+from model.lm_head import HeadParallel, LmHead
 from model.moe import ExpertParallel, MixtureOfExperts
+from model.placement import ExpertShare, LayerShare
 from model.rope import layer_frequencies
 from model.state import LayerState, StateViews
 
@@ -32,15 +33,16 @@ class DecoderLayer:
         config: ModelConfig,
         layer: int,
         frequencies: Tensor,
-        experts: range,
+        share: LayerShare,
         parallel: ExpertParallel | None,
         numerics: Numerics,
+        counts_E: Tensor | None,
     ) -> None:
         self.hc_attn = HyperConnection(config.hc_mult, numerics)
         self.hc_ffn = HyperConnection(config.hc_mult, numerics)
         self.attn_norm, self.ffn_norm = Weight(torch.float32, numerics), Weight(torch.float32, numerics)
         self.attn = Attention(config, layer, frequencies, numerics)
-        self.ffn = MixtureOfExperts(config, layer, experts, parallel, numerics)
+        self.ffn = MixtureOfExperts(config, layer, share, parallel, numerics, counts_E)
 
     def holders(self, prefix: str) -> Iterator[tuple[str, WeightHolder]]:
         yield from self.hc_attn.holders(f"{prefix}.hc_attn")
@@ -60,7 +62,8 @@ Sublayer = Callable[[Tensor, LayerState, ForwardContext], Tensor]
 
 
 class Transformer:
-    """One rank's share of the model: everything but the experts outside `experts`.
+    """One rank's share of the model: everything but the experts outside `experts`, and with `head_parallel` a part of
+    the vocabulary head.
 
     dtype: activations and weights of the projections, float32 or bfloat16; norms, hyper-connections, routing, softmax,
     compressors and logits compute in float32 either way.
@@ -69,6 +72,7 @@ class Transformer:
     when loaded; multiplying dequantised FP8 or FP4 weights with simulated activations is the released arithmetic up to
     the order of float32 sums.
     packed_weights: keep FP8 and FP4 weights packed, for kernels that multiply them directly ("released" only).
+    count_experts: keep count of how many tokens of this rank choose each expert, in `expert_counts`.
     """
 
     def __init__(
@@ -77,27 +81,32 @@ class Transformer:
         *,
         dtype: torch.dtype = torch.float32,
         numerics: NumericsName = "plain",
-        experts: range | None = None,
+        experts: range | ExpertShare | None = None,
         expert_parallel: ExpertParallel | None = None,
+        head_parallel: HeadParallel | None = None,
         device: torch.device | str = "cpu",
         packed_weights: bool = False,
+        count_experts: bool = False,
     ) -> None:
         if dtype not in (torch.float32, torch.bfloat16):
             raise ValueError(f"dtype={dtype}: float32 or bfloat16")
         if packed_weights and numerics != "released":
             raise ValueError("packed_weights: quantised products are the released numerics")
         experts = range(config.n_routed_experts) if experts is None else experts
-        if experts.step != 1 or not 0 <= experts.start < experts.stop <= config.n_routed_experts:
-            raise ValueError(f"experts={experts}: need a contiguous range within {config.n_routed_experts}")
-        if len(experts) < config.n_routed_experts and expert_parallel is None:
-            raise ValueError(f"experts={experts}: part of the experts needs expert_parallel")
-        self.config, self.dtype, self.experts = config, dtype, experts
+        share = experts if isinstance(experts, ExpertShare) else ExpertShare(experts)
+        alike = share.experts
+        if alike.step != 1 or not 0 <= alike.start < alike.stop <= config.n_routed_experts:
+            raise ValueError(f"experts={alike}: need a contiguous range within {config.n_routed_experts}")
+        if len(alike) < config.n_routed_experts and expert_parallel is None:
+            raise ValueError(f"experts={alike}: part of the experts needs expert_parallel")
+        self.config, self.dtype = config, dtype
         self.numerics: NumericsName = numerics
         self.device = torch.device(device)
         self._simulate = numerics == "released"
         self._hyper = HyperSettings(config.hc_sinkhorn_iters, config.hc_eps, config.rms_norm_eps)
         how = Numerics(dtype, self._simulate, packed_weights, self.device)
-        self.embed, self.head = Weight(dtype, how), Weight(torch.float32, how)
+        self.embed = Weight(dtype, how)
+        self.head = LmHead(config.vocab_size, how, head_parallel)
         self.norm = Weight(torch.float32, how)
         self.hc_head = HyperConnection(config.hc_mult, how, head=True)
         tables: dict[bool, Tensor] = {}  # one table per kind of rotation, so that angles are computed once per pass
@@ -108,8 +117,21 @@ class Transformer:
                 tables[compresses] = layer_frequencies(config, layer).to(self.device)
             return tables[compresses]
 
+        self.expert_counts: Tensor | None = None
+        """int64 [layers, E], with `count_experts`: tokens since the start."""
+        if count_experts:
+            shape = (config.num_hidden_layers, config.n_routed_experts)
+            self.expert_counts = torch.zeros(shape, dtype=torch.int64, device=self.device)
         self.layers = [
-            DecoderLayer(config, layer, frequencies(layer), experts, expert_parallel, how)
+            DecoderLayer(
+                config,
+                layer,
+                frequencies(layer),
+                share.layer(layer),
+                expert_parallel,
+                how,
+                None if self.expert_counts is None else self.expert_counts[layer],
+            )
             for layer in range(config.num_hidden_layers)
         ]
 
@@ -125,9 +147,13 @@ class Transformer:
             found.update(decoder.holders(f"layers.{layer}"))
         return found
 
-    @torch.inference_mode()  # type: ignore[untyped-decorator]
     def forward(self, batch: ForwardBatch, state: StateViews) -> Tensor:
         """Advances the state by the batch's tokens; -> logits float32 [L, vocab] of `batch.logits_rows`."""
+        return self.logits(self.features(batch, state))
+
+    @torch.inference_mode()  # type: ignore[untyped-decorator]
+    def features(self, batch: ForwardBatch, state: StateViews) -> Tensor:
+        """As `forward`, up to the vocabulary head: [L, D] in the activation dtype. Captured decode steps end here."""
         if not self._simulate and {state.layout.row_format, state.layout.index_format} & {"fp8", "mxfp4"}:
             raise ValueError("plain numerics keep rows and index keys in bf16 or f32")
         context = ForwardContext(
@@ -136,13 +162,19 @@ class Transformer:
             dtype=self.dtype,
             simulate=self._simulate,
         )
-        streams = self._backbone(batch.token_ids, state, context)
-        return self._logits(streams[batch.logits_rows])
+        streams = self._backbone(batch.token_ids, state, context)[batch.logits_rows]
+        collapsed = hyper_head(streams, self.hc_head.weights, self._hyper)
+        return rms_norm(collapsed, self.norm.value, self.config.rms_norm_eps)
+
+    @torch.inference_mode()  # type: ignore[untyped-decorator]
+    def logits(self, features_LD: Tensor) -> Tensor:
+        """-> float32 [L, vocab]. Every rank of a group that shares the head calls it in each step."""
+        return self.head(features_LD)
 
     def _backbone(self, token_ids: Tensor, state: StateViews, context: ForwardContext) -> Tensor:
         """-> streams [T, S, D] after the last layer."""
         config = self.config
-        streams = self.embed.value[token_ids][:, None].expand(-1, config.hc_mult, -1)
+        streams = self.embed.value[token_ids][:, None].expand(-1, config.hc_mult, -1).contiguous()
         output: Tensor | None = None
         mix: Mix | None = None
         for layer, layer_state in zip(self.layers, state.layers[: config.num_hidden_layers], strict=True):
@@ -155,9 +187,3 @@ class Transformer:
         assert output is not None
         assert mix is not None
         return hyper_post(output, streams, mix)
-
-    def _logits(self, streams_LSD: Tensor) -> Tensor:
-        config = self.config
-        collapsed = hyper_head(streams_LSD, self.hc_head.weights, self._hyper)
-        normed = rms_norm(collapsed, self.norm.value, config.rms_norm_eps)
-        return row_linear(normed.float(), self.head.value)

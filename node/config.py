@@ -7,6 +7,7 @@ import msgspec
 from api.settings import ApiSettings
 from engine.config import EngineConfig
 from kv_transfer.config import TransferConfig
+from node.expert_parallel import ExpertParallelConfig
 from node.membership import MembershipConfig
 
 
@@ -27,6 +28,7 @@ class NodeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """Engine processes, one per GPU."""
     enable_expert_parallel: bool = False
     """Split the routed experts over the ranks instead of holding all of them on each."""
+    expert_parallel: ExpertParallelConfig = ExpertParallelConfig()
 
     peer_timeout_s: float = 120.0
     """Ranks that share experts: how long one waits for the others to come, and later for their part of a step."""
@@ -47,13 +49,35 @@ class NodeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
             raise ValueError(f"port={self.port} is not a port")
         if self.data_parallel_size < 1:
             raise ValueError(f"data_parallel_size={self.data_parallel_size}: must be at least 1")
+        group = self.expert_parallel
+        if group != ExpertParallelConfig() and not self.enable_expert_parallel:
+            raise ValueError("expert_parallel: needs enable_expert_parallel")
+        if self.enable_expert_parallel and group.first_rank + self.data_parallel_size > self.expert_ranks:
+            raise ValueError(
+                f"expert_parallel: ranks {group.first_rank}..{group.first_rank + self.data_parallel_size - 1} of this "
+                f"node do not fit into ranks={self.expert_ranks}"
+            )
         if self.host == "0.0.0.0" and not self.advertise_host:
             raise ValueError("host=0.0.0.0 needs advertise_host: the address at which routers reach this node")
 
     @property
+    def expert_ranks(self) -> int:
+        """Ranks over which the routed experts are split."""
+        if not self.enable_expert_parallel:
+            return 1
+        return self.expert_parallel.ranks or self.data_parallel_size
+
+    @property
     def shares_experts(self) -> bool:
         """The ranks need each other in every step."""
-        return self.enable_expert_parallel and self.data_parallel_size > 1
+        return self.expert_ranks > 1
+
+    @property
+    def group_host(self) -> str:
+        """At which address the other ranks of the group reach this node's."""
+        if not self.expert_parallel.address:
+            return "127.0.0.1"
+        return self.expert_parallel.host or self.advertise_host or self.host
 
     @property
     def http_url(self) -> str:

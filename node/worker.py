@@ -7,18 +7,15 @@ and the transfer becomes the engine's connector.
 import logging
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import msgspec
 
 from node.config import NodeConfig
 from runtime import logging as logs
 from runtime.channel import ChannelAddress, EngineChannel
-from runtime.errors import ConfigError, ProcessDied, TandemError
+from runtime.errors import ProcessDied, TandemError
 from runtime.process import ignore_terminal_signals
-
-if TYPE_CHECKING:
-    from engine.lockstep import RankGroup
 
 log = logging.getLogger(__name__)
 
@@ -54,16 +51,14 @@ def _serve(channel: EngineChannel, rank: int, spec: WorkerSpec) -> None:
 
     from api.grammar_matcher import GrammarMatchers
     from engine.engine import Engine
-    from engine.expert_exchange import ExpertExchange, expert_range
     from engine.loader import load_rank
-    from engine.lockstep import Lockstep
     from engine.worker import run_worker
     from kv_transfer.agent import TransferAgent
     from kv_transfer.format import StateFormat
     from kv_transfer.regions import MemoryRegion
-    from model.config import ModelConfig
     from node.bridge import Bridge
     from node.fingerprint import model_fingerprint
+    from node.group import join_group
     from runtime.requests import EngineReady
 
     if not torch.cuda.is_available():
@@ -71,19 +66,14 @@ def _serve(channel: EngineChannel, rank: int, spec: WorkerSpec) -> None:
         torch.set_num_threads(1)
     # The transfer thread shares the interpreter with the step loop: let it in soon when something has arrived.
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
-    group, lockstep, exchange, experts = None, None, None, None
-    if spec.config.shares_experts:
-        group = join_group(rank, spec, channel)
-        lockstep = Lockstep(group)
-        exchange = ExpertExchange(group, lockstep)
-        num_experts = ModelConfig.load(Path(spec.config.engine.model)).n_routed_experts
-        experts = expert_range(num_experts, rank, group.size)
+    member = join_group(spec.config, rank, spec.group_port) if spec.config.shares_experts else None
+    if member is not None:
+        channel.watch(member.group.mesh.fileno())
     loaded = load_rank(
         spec.config.engine,
         holds_states=spec.role == "prefill",
         rank=rank,
-        experts=experts,
-        expert_parallel=exchange,
+        sharing=member.sharing if member is not None else None,
     )
     state_format = StateFormat(
         model_fingerprint=model_fingerprint(loaded.config, loaded.model_config),
@@ -108,10 +98,11 @@ def _serve(channel: EngineChannel, rank: int, spec: WorkerSpec) -> None:
         engine = Engine(
             loaded.config,
             loaded.shape,
-            loaded.forward,
+            loaded.features,
+            head=loaded.model.logits,
             connector=Bridge(transfer) if transfer is not None else None,
             constraints=grammars,
-            parallel=lockstep,
+            parallel=member.lockstep if member is not None else None,
             device=loaded.device,
             rank=rank,
             handoff_address=transfer.address if transfer is not None else "",
@@ -126,24 +117,13 @@ def _serve(channel: EngineChannel, rank: int, spec: WorkerSpec) -> None:
             num_pages=loaded.shape.num_pages,
             num_slots=loaded.shape.num_slots,
         )
+        if member is not None:
+            # With ranks on other nodes this one's readiness says nothing yet.
+            member.lockstep.begin(spec.config.ready_timeout_s)
         run_worker(engine, channel, ready)
     finally:
+        if member is not None:
+            member.group.close()
         grammars.close()
         if transfer is not None:
             transfer.stop(spec.config.transfer.stop_grace_s)
-        if group is not None:
-            group.close()
-
-
-def join_group(rank: int, spec: WorkerSpec, channel: EngineChannel) -> "RankGroup":
-    """Meet the other ranks of this node. Raises ConfigError on a GPU, EngineError when the others do not come."""
-    import torch
-
-    from engine.bell import Bell
-    from engine.lockstep import RankGroup
-
-    if torch.cuda.is_available() and spec.config.engine.device != "cpu":
-        raise ConfigError("enable_expert_parallel needs engine.device=cpu: it is not available on GPUs yet")
-    bell = Bell("127.0.0.1", channel.wake)
-    size = spec.config.data_parallel_size
-    return RankGroup(rank, size, "127.0.0.1", spec.group_port, bell, spec.config.peer_timeout_s)

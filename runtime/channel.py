@@ -67,12 +67,17 @@ class EngineChannel:
         if self._parent_fd is not None:
             self._poller.register(self._parent_fd, zmq.POLLIN)
 
+    def watch(self, descriptor: int) -> None:
+        """Let `receive` also end when this file descriptor is readable. It must stay open until `close`."""
+        self._poller.register(descriptor, zmq.POLLIN)
+
     def send(self, message: FromEngine) -> None:
         """Queue a message; never blocks."""
         self._outbox.send(_encode(message))
 
     def receive(self, timeout_s: float = 0.0) -> list[ToEngine]:
-        """Everything that has arrived. With nothing there, wait up to `timeout_s` for a message or a `wake`.
+        """Everything that has arrived. With nothing there, wait up to `timeout_s` for a message, a `wake` or what is
+        watched.
 
         Raises ProcessDied when the API process is gone: there is nobody left to answer to.
         """

@@ -89,7 +89,7 @@ def plan(config: ModelConfig, node: NodeConfig, *, gpu_memory_bytes: int, holds_
     """One rank of `node` on a GPU of that size. `holds_states`: finished prompts stay beside the running ones."""
     engine = node.engine
     layout = state_layout(config, node)
-    weights = rank_weights(config, node.data_parallel_size if node.enable_expert_parallel else 1)
+    weights = rank_weights(config, node.expert_ranks)
     workspace = WORKSPACE_BASE + step_workspace(config, engine.max_step_tokens)
     num_slots = engine.max_num_seqs + (engine.max_held_requests if holds_states else 0)
     slots = num_slots * layout.slot_bytes

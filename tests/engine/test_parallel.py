@@ -1,174 +1,25 @@
-"""Ranks that step together: nobody waits for ever, nobody steps for nothing, and the tokens are those of one rank."""
+"""Ranks that share a model: the tokens are those of one rank that has it all."""
 
-import socket
+import itertools
+import json
 import threading
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from engine.bell import Bell
 from engine.config import EngineConfig
 from engine.engine import Engine
-from engine.expert_exchange import ExpertExchange, expert_range
-from engine.loader import load_rank
-from engine.lockstep import Lockstep, RankGroup
-from engine.parallel import StepIntent
-from runtime.errors import EngineError
+from engine.expert_exchange import ExpertExchange, parts_of
+from engine.head_exchange import HeadExchange
+from engine.loader import Sharing, load_rank
+from model.config import ModelConfig
+from model.placement import Placement
 from runtime.requests import SamplingParams, StepOutput, Submit
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-class Rank:
-    """What one thread works with."""
-
-    def __init__(self, rank: int, size: int, port: int, timeout_s: float) -> None:
-        self.rank = rank
-        self.awake = threading.Event()
-        bell = Bell("127.0.0.1", self.awake.set)
-        self.group = RankGroup(rank, size, "127.0.0.1", port, bell, timeout_s)
-        self.lockstep = Lockstep(self.group)
-
-
-def run_ranks(size: int, body: Callable[[Rank], Any], timeout_s: float = 20.0) -> list[Any]:
-    """`body` on every rank, each in a thread of its own; results by rank.
-
-    Leaving is a round for those who stay, so nobody leaves before all bodies have ended.
-    """
-    port = free_port()
-    all_ended = threading.Barrier(size)
-
-    def one(number: int) -> Any:
-        rank = Rank(number, size, port, timeout_s)
-        try:
-            result = body(rank)
-            all_ended.wait(100)
-            return result
-        except threading.BrokenBarrierError:
-            return None  # another body failed, and says why
-        except BaseException:
-            all_ended.abort()
-            raise
-        finally:
-            rank.lockstep.leave()
-            rank.group.close()
-
-    with ThreadPoolExecutor(size) as pool:
-        futures = [pool.submit(one, number) for number in range(size)]
-        return [future.result(timeout=120) for future in futures]
-
-
-def step_through(rank: Rank, work: list[int], done: Callable[[int], None]) -> list[tuple[int, ...]]:
-    """Offer `work[i]` tokens as the rank's i-th intent that is answered with a run; sleep while nothing calls."""
-    ran: list[tuple[int, ...]] = []
-    offered = 0
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        tokens = work[offered] if offered < len(work) else 0
-        if offered < len(work) and not tokens and not rank.lockstep.busy:
-            offered += 1  # a pause of this rank
-            continue
-        plan = rank.lockstep.agree(StepIntent(num_tokens=tokens, decode_only=True))
-        if plan.runs:
-            assert plan.num_tokens[rank.rank] == tokens
-            ran.append(plan.num_tokens)
-            offered += offered < len(work)
-        elif offered >= len(work):
-            done(rank.rank)
-            if all_done.is_set():
-                return ran
-            rank.awake.wait(0.02)
-            rank.awake.clear()
-    raise AssertionError(f"rank {rank.rank} stalled at {offered} of {len(work)}")
-
-
-all_done = threading.Event()
-
-
-@pytest.mark.parametrize("pattern", ["one busy", "bursts", "alternating", "random", "all busy"])
-def test_no_distribution_of_work_stalls(pattern):
-    size, steps = 4, 500
-    rng = np.random.default_rng(7)
-    work = {
-        "one busy": [[3] * steps, [], [], []],
-        "bursts": [([1] * 5 + [0] * 20) * (steps // 25) for _ in range(size)],
-        "alternating": [[int(i % size == rank) for i in range(steps)] for rank in range(size)],
-        "random": [rng.integers(0, 3, steps).tolist() for _ in range(size)],
-        "all busy": [[rank + 1] * steps for rank in range(size)],
-    }[pattern]
-    finished: set[int] = set()
-    lock = threading.Lock()
-    all_done.clear()
-
-    def done(rank: int) -> None:
-        with lock:
-            finished.add(rank)
-            if len(finished) == size:
-                all_done.set()
-
-    ran = run_ranks(size, lambda rank: step_through(rank, work[rank.rank], done))
-    assert all(history == ran[0] for history in ran), "the ranks did not step together"
-    for rank in range(size):
-        assert sum(step[rank] for step in ran[0]) == sum(work[rank])
-    assert all(any(step) for step in ran[0]), "a step was run for nobody"
-
-
-def test_idle_ranks_make_no_rounds():
-    def body(rank: Rank) -> int:
-        for _ in range(100):
-            assert not rank.lockstep.agree(StepIntent(num_tokens=0, decode_only=True)).runs
-        return rank.lockstep._round
-
-    assert run_ranks(2, body) == [0, 0]
-
-
-def test_a_rank_that_leaves_ends_the_steps_of_all():
-    def body(rank: Rank) -> str:
-        if rank.rank == 0:
-            rank.lockstep.agree(StepIntent(num_tokens=1, decode_only=True))
-            rank.lockstep.leave()
-            return "left"
-        while not rank.lockstep.busy:
-            rank.awake.wait(0.02)
-        assert rank.lockstep.agree(StepIntent(num_tokens=1, decode_only=True)).runs
-        assert not rank.lockstep.agree(StepIntent(num_tokens=1, decode_only=True)).runs
-        assert not rank.lockstep.busy
-        return "stopped"
-
-    assert run_ranks(3, body) == ["left", "stopped", "stopped"]
-
-
-def test_a_peer_that_does_not_answer_is_an_error_and_no_hang():
-    release = threading.Event()
-
-    def body(rank: Rank) -> str:
-        if rank.rank == 1:
-            release.wait(30)
-            return "silent"
-        try:
-            rank.lockstep.agree(StepIntent(num_tokens=1, decode_only=True))
-        except EngineError as error:
-            return str(error)
-        finally:
-            release.set()
-        return "answered"
-
-    answers = run_ranks(2, body, timeout_s=5.0)
-    assert "lost a peer" in answers[0]
-
-
-def test_experts_are_shared_out_without_gap():
-    for experts, size in ((8, 2), (8, 3), (256, 4), (5, 5)):
-        ranges = [expert_range(experts, rank, size) for rank in range(size)]
-        assert [expert for part in ranges for expert in part] == list(range(experts))
+from tests.engine.ranks import Rank, run_ranks
 
 
 def prompts() -> list[list[int]]:
@@ -188,52 +39,161 @@ def collect(engine: Engine, tokens: dict[str, list[int]]) -> None:
             tokens.setdefault(output.request_id, []).extend(output.token_ids)
 
 
-@pytest.mark.parametrize("size", [2, 4])
-def test_data_and_expert_parallel_ranks_give_the_tokens_of_one_rank(tiny_checkpoint, size):
-    config = EngineConfig(
-        model=str(tiny_checkpoint), device="cpu", numerics="plain", block_size=32, num_pages=30, max_num_seqs=4,
+def engine_config(checkpoint: Path, numerics: str = "plain") -> EngineConfig:
+    return EngineConfig(
+        model=str(checkpoint), device="cpu", numerics=numerics, block_size=32, num_pages=30, max_num_seqs=4,
         max_num_batched_tokens=32,
     )  # fmt: skip
-    alone = load_rank(config, holds_states=False, progress=False)
-    engine = Engine(alone.config, alone.shape, alone.forward)
-    expected: dict[str, list[int]] = {}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    tokens: dict[str, list[int]]
+    steps: int
+    counts: torch.Tensor
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_checkpoint: Path) -> Outcome:
+    """What one rank with all experts says."""
+    config = engine_config(tiny_checkpoint)
+    loaded = load_rank(config, holds_states=False, count_experts=True, progress=False)
+    engine = Engine(loaded.config, loaded.shape, loaded.forward)
+    tokens: dict[str, list[int]] = {}
     for index, prompt in enumerate(prompts()):
         engine.submit(request(index, prompt))
     while engine.has_work:
-        collect(engine, expected)
-    unfinished = threading.Semaphore(0)
+        collect(engine, tokens)
+    return Outcome(tokens, engine.stats().steps, loaded.model.expert_counts)
 
-    def body(rank: Rank) -> tuple[dict[str, list[int]], int]:
-        loaded = load_rank(
-            config,
-            holds_states=False,
-            progress=False,
-            experts=expert_range(alone.model_config.n_routed_experts, rank.rank, size),
-            expert_parallel=ExpertExchange(rank.group, rank.lockstep),
-        )
+
+def together(
+    config: EngineConfig, size: int, *, part_tokens: int = 4096, placement: Placement | None = None, head: bool = False
+) -> Outcome:
+    """What `size` ranks say that share the experts. The last rank gets no requests."""
+    model_config = ModelConfig.load(Path(config.model))
+    shares = placement or Placement.even(model_config.n_routed_experts, size)
+    reports = itertools.count()
+    all_reported = threading.Event()
+
+    def body(rank: Rank) -> Outcome:
+        exchange = ExpertExchange(
+            rank.group, rank.lockstep, num_experts=model_config.n_routed_experts,
+            quantised=config.numerics == "released", part_tokens=part_tokens,
+        )  # fmt: skip
+        sharing = Sharing(shares.share(rank.rank), exchange, HeadExchange(rank.group, rank.lockstep) if head else None)
+        loaded = load_rank(config, holds_states=False, sharing=sharing, count_experts=True, progress=False)
         engine = Engine(loaded.config, loaded.shape, loaded.forward, parallel=rank.lockstep)
         tokens: dict[str, list[int]] = {}
-        # The last rank gets nothing to do itself.
-        mine = [index for index in range(len(prompts())) if index % (size - 1) == rank.rank]
-        for index in mine:
-            engine.submit(request(index, prompts()[index]))
+        for index, prompt in enumerate(prompts()):
+            if index % (size - 1) == rank.rank:
+                engine.submit(request(index, prompt))
         deadline = time.monotonic() + 100
         reported = False
-        while time.monotonic() < deadline:
+        while not all_reported.is_set():
+            assert time.monotonic() < deadline, f"rank {rank.rank} stalled"
             if engine.has_work:
                 collect(engine, tokens)
             elif not reported:
                 reported = True
-                unfinished.release()
-            elif unfinished._value >= size:
-                break
+                if next(reports) == size - 1:
+                    all_reported.set()
             else:
-                rank.awake.wait(0.02)
-                rank.awake.clear()
+                rank.sleep()
         engine.check_integrity()
-        return tokens, engine.stats().steps
+        return Outcome(tokens, engine.stats().steps, loaded.model.expert_counts)
 
-    results = run_ranks(size, body, timeout_s=60)
-    got = {request_id: tokens for part, _ in results for request_id, tokens in part.items()}
-    assert got == expected
-    assert len({steps for _, steps in results}) == 1, "every rank takes part in every step"
+    results = run_ranks(size, body)
+    assert len({result.steps for result in results}) == 1, "every rank takes part in every step"
+    assert not results[-1].tokens
+    tokens = {request_id: ids for result in results for request_id, ids in result.tokens.items()}
+    return Outcome(tokens, results[0].steps, torch.stack([result.counts for result in results]).sum(0))
+
+
+@pytest.mark.parametrize(("size", "part_tokens"), [(2, 4096), (4, 7)])
+def test_data_and_expert_parallel_ranks_give_the_tokens_of_one_rank(tiny_checkpoint, alone, size, part_tokens):
+    got = together(engine_config(tiny_checkpoint), size, part_tokens=part_tokens)
+    assert got.tokens == alone.tokens
+    assert torch.equal(got.counts, alone.counts), "every choice of an expert is counted once, by the token's rank"
+    assert alone.counts.sum() > 0
+
+
+def test_experts_may_lie_anywhere_and_the_head_be_shared(tiny_checkpoint, alone, tmp_path):
+    model_config = ModelConfig.load(tiny_checkpoint)
+    rng = np.random.default_rng(5)
+    layers = {}
+    for layer in range(0, model_config.num_hidden_layers, 2):
+        ranks = [0, 1, 2, *rng.integers(0, 3, model_config.n_routed_experts - 3).tolist()]
+        layers[str(layer)] = rng.permutation(ranks).tolist()
+    path = tmp_path / "placement.json"
+    path.write_text(json.dumps({"ranks": 3, "layers": layers}))
+    placement = Placement.load(path, model_config, 3)
+    got = together(engine_config(tiny_checkpoint), 3, placement=placement, head=True)
+    assert got.tokens == alone.tokens
+    assert torch.equal(got.counts, alone.counts)
+
+
+@pytest.mark.parametrize("quantised", [False, True])
+@pytest.mark.parametrize("part_tokens", [3, 100])
+def test_a_token_gets_the_sum_over_the_experts_of_all_ranks(quantised, part_tokens):
+    """Experts that multiply by powers of two: sums are exact, and rows of other ranks or of padding would show."""
+    size, hidden, topk, num_experts = 3, 160, 2, 6
+    counts = [4, 0, 9]
+
+    def body(rank: Rank) -> None:
+        count = counts[rank.rank]
+        assert rank.agree(count, decode_only=False).num_tokens == tuple(counts)
+        exchange = ExpertExchange(
+            rank.group, rank.lockstep, num_experts=num_experts, quantised=quantised, part_tokens=part_tokens
+        )
+        generator = torch.Generator().manual_seed(rank.rank)
+        x = torch.randint(-8, 9, (count, hidden), generator=generator).float()
+        experts = torch.stack(
+            [torch.randperm(num_experts, generator=generator)[:topk] for _ in range(count)]
+            or [torch.zeros(0, topk, dtype=torch.int64)]
+        ).reshape(count, topk)
+        weights = torch.randint(1, 5, (count, topk), generator=generator).float()
+
+        def compute(x_UD: torch.Tensor, experts_UK: torch.Tensor, weights_UK: torch.Tensor) -> torch.Tensor:
+            mine = (experts_UK // 2 == rank.rank) & (experts_UK < num_experts)
+            factor = (torch.where(mine, weights_UK * 2.0**experts_UK, 0.0)).sum(1, keepdim=True)
+            return x_UD * factor
+
+        got = exchange.send(x, experts, weights).through(compute)
+        expected = x * (weights * 2.0**experts).sum(1, keepdim=True)
+        assert got.dtype == torch.float32
+        assert torch.equal(got, expected)
+
+    run_ranks(size, body)
+
+
+def test_sums_do_not_depend_on_how_many_tokens_travel_together():
+    size, hidden = 4, 96
+    x = torch.randn(7, hidden, generator=torch.Generator().manual_seed(0))
+    seen: dict[int, list[torch.Tensor]] = {}
+
+    def body(rank: Rank) -> None:
+        def compute(x_UD: torch.Tensor, _: torch.Tensor, __: torch.Tensor) -> torch.Tensor:
+            return x_UD * (0.1 + rank.rank / 3)
+
+        for count in (7, 1, 3):
+            rank.agree(count)
+            exchange = ExpertExchange(rank.group, rank.lockstep, num_experts=8, quantised=False, part_tokens=100)
+            routing = torch.zeros(count, 2)
+            sums = exchange.send(x[:count], routing.long(), routing).through(compute)
+            if rank.rank == 0:
+                seen[count] = list(sums)
+
+    run_ranks(size, body)
+    assert torch.equal(seen[1][0], seen[7][0])
+    assert torch.equal(torch.stack(seen[3]), torch.stack(seen[7][:3]))
+
+
+@pytest.mark.parametrize(("rows", "part"), [(0, 4), (1, 4), (4, 4), (5, 4), (8, 4), (9, 4), (16384, 4096)])
+def test_parts_cover_a_step_evenly(rows, part):
+    parts = parts_of(rows, part)
+    assert [begin for begin, _ in parts] == [0, *(end for _, end in parts[:-1])]
+    assert parts[-1][1] == rows
+    sizes = [end - begin for begin, end in parts]
+    assert max(sizes) <= part
+    assert max(sizes) - min(sizes) <= 1

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from model.config import ModelConfig
+from model.moe import ExpertCompute
 from model.state import StateViews
 from model.state_layout import build_state_layout
 from model.transformer import Transformer
@@ -65,10 +66,12 @@ class LockstepRank:
     def __init__(self, ranks: LockstepRanks, rank: int) -> None:
         self.ranks, self.rank = ranks, rank
 
-    def dispatch(self, x: Tensor, experts: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return x, experts, weights
+    def send(self, x: Tensor, experts: Tensor, weights: Tensor) -> LockstepRank:
+        self.sent = (x, experts, weights)
+        return self
 
-    def combine(self, partial: Tensor) -> Tensor:
+    def through(self, compute: ExpertCompute) -> Tensor:
+        partial = compute(*self.sent)
         self.ranks.partials[self.rank].append(partial)
         return partial
 
@@ -103,23 +106,25 @@ def test_a_rank_without_tokens_takes_part_in_every_exchange(config: ModelConfig)
         def __init__(self) -> None:
             self.calls: list[str] = []
 
-        def dispatch(self, x: Tensor, experts: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            self.calls.append("dispatch")
-            return (
+        def send(self, x: Tensor, experts: Tensor, weights: Tensor) -> OthersTokens:
+            self.calls.append("send")
+            self.arrived = (
                 torch.cat((x, torch.ones(3, x.shape[1], dtype=x.dtype))),
                 torch.cat((experts, torch.tensor([[0, 1], [2, 3], [4, 1]]))),
                 torch.cat((weights, torch.ones(3, 2))),
             )
+            return self
 
-        def combine(self, partial: Tensor) -> Tensor:
-            self.calls.append("combine")
+        def through(self, compute: ExpertCompute) -> Tensor:
+            self.calls.append("through")
+            partial = compute(*self.arrived)
             assert partial[-3:].abs().max() > 0
             return partial[:-3]
 
     peers = OthersTokens()
     model = random_model(config, expert_parallel=peers)
     assert model.forward(batch_of([]), pools(config).views).shape == (0, 160)
-    assert peers.calls == ["dispatch", "combine"] * config.num_hidden_layers
+    assert peers.calls == ["send", "through"] * config.num_hidden_layers
 
 
 def test_logits_are_of_the_rows_asked_for(config: ModelConfig) -> None:

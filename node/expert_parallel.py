@@ -1,0 +1,50 @@
+"""YAML section `expert_parallel` of a node: how the ranks that share the experts find each other and share."""
+
+from typing import Literal
+
+import msgspec
+
+
+class ExpertParallelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """With `enable_expert_parallel`. All nodes of a group must say the same, but for `host` and `first_rank`."""
+
+    address: str = ""
+    """host:port where the ranks of a group of several nodes meet: a free port on the host of rank 0. Empty: the group
+    is this node's ranks."""
+    host: str = ""
+    """The address at which ranks of other nodes reach this node's. Empty: `advertise_host`, else `host`."""
+    ranks: int | None = None
+    """Ranks in the group. None: this node's `data_parallel_size`."""
+    first_rank: int = 0
+    """Number of this node's first rank in the group."""
+
+    placement: str = ""
+    """JSON file {"ranks": R, "layers": {"3": [rank of expert 0, rank of expert 1, ...], ...}}. Empty, and in layers
+    that it does not name: equal runs of experts."""
+    shard_lm_head: bool = False
+    """Share out the rows of the vocabulary head as well: less memory, two more exchanges a step."""
+    part_tokens: int = 4096
+    """Tokens per rank that go through the experts together; larger steps do so in parts, which hides the exchange
+    behind the computation and bounds its memory."""
+    sums: Literal["float32", "bfloat16"] = "float32"
+    """How partial sums travel; they are added in float32 in any case. bfloat16 halves the bytes and rounds each rank's
+    part once."""
+    load_counters: Literal["off", "layers", "experts"] = "off"
+    """Count the tokens that choose each expert. layers: the busiest rank of every layer; experts: every expert too."""
+    load_interval_s: float = 5.0
+    """How often the counters are read from the device."""
+
+    def __post_init__(self) -> None:
+        if self.address:
+            host, separator, port = self.address.rpartition(":")
+            if not separator or not host or not port.isdigit() or not 1 <= int(port) <= 65535:
+                raise ValueError(f"address={self.address!r} is not host:port")
+            if self.ranks is None:
+                raise ValueError("address needs ranks: how many there are in the group")
+        elif self.ranks is not None or self.first_rank:
+            raise ValueError("ranks and first_rank need address: where the nodes of the group meet")
+        if self.first_rank < 0:
+            raise ValueError(f"first_rank={self.first_rank} must not be negative")
+        for name in ("part_tokens", "load_interval_s"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be positive")
