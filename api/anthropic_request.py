@@ -84,6 +84,12 @@ def _check(body: CountBody) -> None:
         if message.content == []:
             where = f"messages.{index}.content"
             raise RequestError(f"{where}: must not be empty", param=where)
+    if body.thread is not None:
+        raise RequestError(
+            "thread: not supported by this server; send the whole conversation",
+            param="thread",
+            code="thread_unsupported_request",
+        )
     thinking = body.thinking
     if thinking is None or thinking.type != "enabled" or thinking.budget_tokens is None:
         return

@@ -80,6 +80,8 @@ class CountBody(msgspec.Struct, frozen=True, kw_only=True):
     tool_choice: ToolChoice | None = None
     thinking: ThinkingConfig | None = None
     output_config: OutputConfig | None = None
+    thread: Any = None
+    """Refused with the code that makes clients send the whole conversation instead: threads are kept by Anthropic."""
 
 
 class MessagesBody(CountBody, frozen=True, kw_only=True):

@@ -70,8 +70,10 @@ class Problem:
         """The JSON body, or the payload of an error event in a stream."""
         if dialect == "anthropic":
             default = "invalid_request_error" if self.status < 500 else "api_error"
-            kind = _ANTHROPIC_TYPES.get(self.status, default)
-            return {"type": "error", "error": {"type": kind, "message": self.message}}
+            error: dict[str, Any] = {"type": _ANTHROPIC_TYPES.get(self.status, default), "message": self.message}
+            if self.code is not None:
+                error["details"] = {"error_code": self.code}
+            return {"type": "error", "error": error}
         default = "BadRequestError" if self.status < 500 else "InternalServerError"
         kind = _OPENAI_TYPES.get(self.status, default)
         code = self.code if self.code is not None else self.status

@@ -32,6 +32,7 @@ class SurfaceNode:
         self.node_id = node_id
         self.engine = ScriptedEngine(tiny_tokenizer(), role=role)
         self.engine.info = msgspec.structs.replace(self.engine.info, node_id=node_id)
+        self.url = ""
         self._role = role
         self._router = router
         self._app = build_app(self.engine, self.engine.tokenizer, api, CollectorRegistry())
@@ -41,6 +42,7 @@ class SurfaceNode:
         await self._runner.setup()
         await web.TCPSite(self._runner, "127.0.0.1", 0).start()
         host, port = self._runner.addresses[0][:2]
+        self.url = f"http://{host}:{port}"
         ready = EngineReady(
             rank=0, epoch="0" * 32, handoff_address="127.0.0.1:1", format_digest="f0", format_summary="",
             max_model_len=self.engine.info.max_model_len, num_pages=1, num_slots=1,
@@ -48,7 +50,7 @@ class SurfaceNode:
         join = describe(
             node_id=self.node_id,
             role=self._role,  # type: ignore[arg-type]
-            http_url=f"http://{host}:{port}",
+            http_url=self.url,
             model_id=self.engine.info.model_id,
             ranks=[ready],
         )

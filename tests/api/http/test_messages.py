@@ -178,6 +178,14 @@ async def test_a_line_that_changes_with_every_request_is_left_out_of_the_prompt(
     assert "billing" not in prompt
 
 
+async def test_what_the_system_says_in_the_middle_stays_there(server: Server) -> None:
+    messages = [*HI, {"role": "system", "content": "Be brief."}, {"role": "user", "content": "go"}]
+    await server.post_json(PATH, {"messages": messages, "max_tokens": 1, "thinking": {"type": "disabled"}})
+    prompt = server.engine.tokenizer.decode(server.engine.submitted[0].prompt_ids, skip_special=False)
+    reminder = "<system-reminder>\nBe brief.\n</system-reminder>"
+    assert prompt == f"<｜begin▁of▁sentence｜><｜User｜>hi\n\n{reminder}\n\ngo<｜Assistant｜></think>"
+
+
 async def test_tokens_are_counted_as_they_are_generated_from(server: Server, client: anthropic.AsyncAnthropic) -> None:
     counted = await client.messages.count_tokens(model="tiny", messages=HI, tools=TOOLS, system="S")  # type: ignore[arg-type]
     await client.messages.create(model="tiny", max_tokens=1, messages=HI, tools=TOOLS, system="S")  # type: ignore[arg-type]
@@ -208,7 +216,29 @@ async def test_tokens_are_counted_as_they_are_generated_from(server: Server, cli
         ({"tool_choice": {"type": "tool"}}, 400, "invalid_request_error", "tool_choice"),
         ({"output_config": {"effort": "turbo"}}, 400, "invalid_request_error", "output_config"),
         ({"temperature": -1}, 400, "invalid_request_error", "temperature"),
-        ({"tools": [{"name": "a b", "input_schema": {}}]}, 400, "invalid_request_error", "tools.0"),
+        ({"messages": [{"role": "user", "content": []}]}, 400, "invalid_request_error", "messages.0.content"),
+        ({"thread": {"type": "create"}}, 400, "invalid_request_error", "thread"),
+        (
+            {
+                "system": "S",
+                "messages": [
+                    *HI,
+                    {"role": "assistant", "content": [{"type": "tool_use", "id": "a", "name": "f", "input": {}}]},
+                    {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "a"}]},
+                    {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "b"}]},
+                ],
+            },
+            400,
+            "invalid_request_error",
+            "messages.3: ",
+        ),
+        (
+            {"output_config": {"format": {"type": "json_schema", "schema": {"type": 5}}}},
+            400,
+            "invalid_request_error",
+            "output_config.format",
+        ),
+        ({"tools": [{"name": "a b", "input_schema": {}}]}, 400, "invalid_request_error", "tools.0.name"),
     ],
 )
 async def test_errors_have_anthropics_shape(
