@@ -34,9 +34,14 @@ class Arena:
     """Owner of the memory. One step is laid out, written, and sent at a time."""
 
     def __init__(self, num_bytes: int, device: torch.device) -> None:
+        num_bytes = -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
         on_gpu = device.type == "cuda"
         self._hosts = [torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=on_gpu) for _ in range(2 if on_gpu else 1)]
         self._device = torch.zeros(num_bytes, dtype=torch.uint8, device=device) if on_gpu else self._hosts[0]
+        # Views of all of it by dtype: cutting a piece from one costs half of making a view of bytes.
+        self._arrays = [{dtype: host.numpy().view(_NUMPY[dtype]) for dtype in _NUMPY} for host in self._hosts]
+        self._tensors = {dtype: self._device.view(dtype) for dtype in _NUMPY}
+        self._num_bytes = num_bytes
         self._turn = 0
         self._used = 0
 
@@ -45,18 +50,22 @@ class Arena:
 
         Arrays of int32 fields are int32; the annotation names the wider of the two."""
         self._turn = (self._turn + 1) % len(self._hosts)
-        host = self._hosts[self._turn].numpy()
+        host = self._arrays[self._turn]
         arrays: list[NDArray[np.int64]] = []
         tensors: list[Tensor] = []
-        start = 0
-        for field in fields:
-            end = start + math.prod(field.shape) * field.dtype.itemsize
-            if end > len(host):
-                raise ValueError(f"a step's inputs end at byte {end} of an arena of {len(host)}")
-            arrays.append(host[start:end].view(_NUMPY[field.dtype]).reshape(field.shape))
-            tensors.append(self._device[start:end].view(field.dtype).view(field.shape))
-            start += field.num_bytes
-        self._used = min(start, len(host))
+        start = end = 0
+        for dtype, shape in fields:
+            size = dtype.itemsize
+            first = start // size
+            last = first + math.prod(shape)
+            end = last * size
+            if end > self._num_bytes:
+                raise ValueError(f"a step's inputs end at byte {end} of an arena of {self._num_bytes}")
+            array, tensor = host[dtype][first:last], self._tensors[dtype][first:last]
+            arrays.append(array if len(shape) == 1 else array.reshape(shape))
+            tensors.append(tensor if len(shape) == 1 else tensor.view(shape))
+            start = -(-end // _ALIGNMENT) * _ALIGNMENT
+        self._used = end
         return arrays, tensors
 
     def send(self) -> None:

@@ -36,6 +36,7 @@ from engine.runner import Forward, Head, Runner, Scoring, StepResult, feed
 from engine.scheduler import Limits, plan_step
 from engine.transfers import Arrived, Missing, Unwanted
 from runtime.errors import EngineError, Overloaded, RequestError
+from runtime.histogram import STEP_TOKENS, Histogram
 from runtime.requests import (
     Drained,
     EngineStats,
@@ -125,6 +126,7 @@ class Engine:
         self._draining = False
         self._drained = False
         self._steps = self._recomputed = self._prompt_tokens = self._generated_tokens = 0
+        self._step_tokens = Histogram(STEP_TOKENS)
 
     # Requests in
 
@@ -295,6 +297,7 @@ class Engine:
         live.pools.step_launched()
         rows.context_len[:num_decode] += 1
         rows.num_generated[:count] += 1
+        self._step_tokens.observe(num_decode + sum(chunk.num_tokens for chunk in chunks))
         flight = Flight.of(rows, num_decode, ended, launched)
         rows.source[:count] = self._counting[:count]
         for part in ended:
@@ -370,14 +373,16 @@ class Engine:
         """Append the sampled tokens. Only first and last tokens and grammars are looked at one by one."""
         requests, token_ids = flight.requests, result.token_ids
         tokens = token_ids.tolist()
-        outputs: list[Tokens | None] = []
+        outputs: list[Tokens | None] = [
+            Tokens(request.request_id, (token_id,)) for request, token_id in zip(requests, tokens, strict=True)
+        ]
         for request, token_id in zip(requests, tokens, strict=True):
-            if request.phase is Phase.DONE:
-                # It ended while this step was in flight: the token is surplus.
-                outputs.append(None)
-            else:
-                request.generated.append(token_id)
-                outputs.append(Tokens(request.request_id, (token_id,)))
+            request.generated.append(token_id)
+        done = Phase.DONE
+        for row in [row for row, request in enumerate(requests) if request.phase is done]:
+            # It ended while this step was in flight: the token is surplus.
+            requests[row].generated.pop()
+            outputs[row] = None
         finite = np.isfinite(result.best)
         special = flight.last | flight.has_grammar | ~finite
         for eos_id in self.shape.eos_ids:
@@ -540,6 +545,12 @@ class Engine:
             transfers_failed=counters.failed,
             recomputed=self._recomputed,
             bytes_received=counters.bytes_received,
+            tokens_asked_for=counters.tokens_asked_for,
+            tokens_received=counters.tokens_received,
+            queue_time=live.times.queue.counts(),
+            prefill_time=live.times.prefill.counts(),
+            inference_time=live.times.inference.counts(),
+            step_tokens=self._step_tokens.counts(),
             draining=self._draining,
         )
 

@@ -4,7 +4,6 @@ Parameters are gathered when the rows change and reused while they stay; only th
 the newest tokens (min_tokens, bad words, grammar) are made anew for a step, and only for rows that use them.
 """
 
-import enum
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -27,22 +26,22 @@ _GREEDY_BELOW = 1e-5
 """Temperatures below this are 0: the division would only amplify rounding."""
 
 
-class _Feature(enum.IntFlag):
-    """What a row asks for beyond the largest logit."""
+class _Feature:
+    """Bits of what a row asks for beyond the largest logit. Plain integers: they are combined for every request."""
 
-    RANDOM = enum.auto()
-    MIN_P = enum.auto()
-    SORT = enum.auto()
-    BIAS = enum.auto()
-    PENALTIES = enum.auto()
-    LOGPROBS = enum.auto()
-    BANNED = enum.auto()
+    RANDOM = 1 << 0
+    MIN_P = 1 << 1
+    SORT = 1 << 2
+    BIAS = 1 << 3
+    PENALTIES = 1 << 4
+    LOGPROBS = 1 << 5
+    BANNED = 1 << 6
     """Single ids that never appear."""
-    SEQUENCES = enum.auto()
+    SEQUENCES = 1 << 7
     """Ids that must not follow certain others."""
-    ALLOWED = enum.auto()
-    GRAMMAR = enum.auto()
-    MIN_TOKENS = enum.auto()
+    ALLOWED = 1 << 8
+    GRAMMAR = 1 << 9
+    MIN_TOKENS = 1 << 10
 
 
 _RANDOM = _Feature.RANDOM | _Feature.MIN_P | _Feature.SORT
@@ -104,11 +103,11 @@ class SamplingRows:
         """The parameters of the request that got this row."""
         self._line[row] = -1
         s = request.sampling
-        features = _Feature(0)
+        features = 0
         if s.temperature >= _GREEDY_BELOW:
             features |= _Feature.RANDOM
-            features |= _Feature.MIN_P if s.min_p > 0 else _Feature(0)
-            features |= _Feature.SORT if 0 < s.top_k < self._vocab_size or s.top_p < 1 else _Feature(0)
+            features |= _Feature.MIN_P if s.min_p > 0 else 0
+            features |= _Feature.SORT if 0 < s.top_k < self._vocab_size or s.top_p < 1 else 0
         for wanted, feature in (
             (s.logit_bias, _Feature.BIAS),
             (s.allowed_token_ids, _Feature.ALLOWED),
@@ -118,12 +117,12 @@ class SamplingRows:
             (request.matcher is not None, _Feature.GRAMMAR),
             (s.min_tokens, _Feature.MIN_TOKENS),
         ):
-            features |= feature if wanted else _Feature(0)
+            features |= feature if wanted else 0
         if s.presence_penalty or s.frequency_penalty or s.repetition_penalty != 1:
             features |= _Feature.PENALTIES
             self._line[row] = self._counts.take(request.prompt, request.generated)
         self._features[row] = features
-        self._stale |= features.value
+        self._stale |= features
         self._seed[row] = request.seed
         self._temperature[row] = s.temperature
         self._min_p[row] = s.min_p
@@ -167,7 +166,7 @@ class SamplingRows:
 
     def inputs(self, requests: Sequence[Request], num_generated: NDArray[np.int64]) -> SamplingInputs:
         """For all rows, which are those of `requests`."""
-        rows_changed = bool(self._stale & _Feature.MIN_TOKENS.value)
+        rows_changed = bool(self._stale & _Feature.MIN_TOKENS)
         if self._stale:
             self._build(len(requests))
         built = self._built
@@ -182,11 +181,11 @@ class SamplingRows:
             random=random,
             bias=built.bias,
             banned=(
-                built.banned
-                + (self._forbidden_stops(num_generated[: len(requests)], rows_changed) if self._used & _Feature.MIN_TOKENS.value else ())
-                + (self._ends_of_sequences(requests) if self._sequences else ())
+                *built.banned,
+                *self._forbidden_stops(num_generated[: len(requests)], rows_changed),
+                *self._ends_of_sequences(requests),
             ),
-            allowed=self._allowed(requests) if self._used & _Feature.GRAMMAR.value else built.allowed,
+            allowed=self._allowed(requests) if self._used & _Feature.GRAMMAR else built.allowed,
             penalties=built.penalties,
             logprobs=built.logprobs,
             logprob_rows=built.logprob_rows,
@@ -194,7 +193,7 @@ class SamplingRows:
 
     def needs_history(self, count: int) -> bool:
         """What some row of the first `count` may choose depends on its newest token, and only the host can say how."""
-        return bool((self._features[:count] & (_Feature.GRAMMAR | _Feature.SEQUENCES).value).any())
+        return bool((self._features[:count] & (_Feature.GRAMMAR | _Feature.SEQUENCES)).any())
 
     @staticmethod
     def record(inputs: SamplingInputs, token_ids: Tensor) -> None:
@@ -206,13 +205,13 @@ class SamplingRows:
     def _tensor(self, array: NDArray[np.generic]) -> Tensor:
         return torch.from_numpy(array).to(self._device, non_blocking=True)
 
-    def _rows_with(self, feature: _Feature, count: int) -> NDArray[np.intp]:
-        return np.flatnonzero(self._features[:count] & feature.value)
+    def _rows_with(self, feature: int, count: int) -> NDArray[np.intp]:
+        return np.flatnonzero(self._features[:count] & feature)
 
     def _build(self, count: int) -> None:
         """Make anew what rows that came, went or moved have to do with."""
         self._used = int(np.bitwise_or.reduce(self._features[:count], initial=0))
-        if self._stale & _Feature.SEQUENCES.value:
+        if self._stale & _Feature.SEQUENCES:
             self._sequences = [(row, extras.sequences) for row, extras in self._extras_with(_Feature.SEQUENCES, count)]
         old = self._built
         self._built = SamplingInputs(
@@ -226,16 +225,16 @@ class SamplingRows:
         )
         self._stale = 0
 
-    def _renewed(self, feature: _Feature, old: T | None, build: Callable[[int], T], count: int) -> T | None:
-        if not self._stale & feature.value:
+    def _renewed(self, feature: int, old: T | None, build: Callable[[int], T], count: int) -> T | None:
+        if not self._stale & feature:
             return old
-        return build(count) if self._used & feature.value else None
+        return build(count) if self._used & feature else None
 
     def _build_random(self, count: int) -> RandomRows:
         rows = self._random_rows = self._rows_with(_Feature.RANDOM, count)
-        sort = np.flatnonzero(self._features[rows] & _Feature.SORT.value)
+        sort = np.flatnonzero(self._features[rows] & _Feature.SORT)
         sorted_rows = rows[sort]
-        any_min_p = bool(self._used & _Feature.MIN_P.value)
+        any_min_p = bool(self._used & _Feature.MIN_P)
         return RandomRows(
             rows=self._tensor(rows),
             temperature=self._tensor(self._temperature[rows]),
@@ -247,7 +246,7 @@ class SamplingRows:
             max_top_k=int(self._top_k[sorted_rows].max()) if len(sort) else 0,
         )
 
-    def _extras_with(self, feature: _Feature, count: int) -> list[tuple[int, _Extras]]:
+    def _extras_with(self, feature: int, count: int) -> list[tuple[int, _Extras]]:
         return [(row, extras) for row in self._rows_with(feature, count).tolist() if (extras := self._extras[row])]
 
     def _pairs(self, ids_of: list[tuple[int, NDArray[np.int64]]]) -> Pairs:
@@ -288,6 +287,8 @@ class SamplingRows:
 
     def _forbidden_stops(self, num_generated: NDArray[np.int64], rows_changed: bool) -> tuple[Pairs, ...]:
         """Stop ids of the rows with too few tokens. While rows stay the same, these can only become fewer."""
+        if not self._used & _Feature.MIN_TOKENS:
+            return ()
         bound = np.flatnonzero(num_generated < self._min_tokens[: len(num_generated)])
         if rows_changed or len(bound) != self._bound_rows:
             self._bound_rows = len(bound)
