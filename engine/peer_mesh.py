@@ -33,6 +33,7 @@ class PeerMesh:
         self._peers = dict(sorted(peers.items()))
         self._record_bytes = record_bytes
         self._partial = dict.fromkeys(self._peers, b"")
+        self._rank_of = {connection.fileno(): peer for peer, connection in self._peers.items()}
         self._waiting_room = select.epoll()
         for connection in self._peers.values():
             connection.setblocking(False)
@@ -46,7 +47,7 @@ class PeerMesh:
     @property
     def descriptors(self) -> list[int]:
         """Of the connections, for whoever only waits for their end."""
-        return [connection.fileno() for connection in self._peers.values()]
+        return list(self._rank_of)
 
     @property
     def is_over(self) -> bool:
@@ -73,45 +74,38 @@ class PeerMesh:
     def receive(self, timeout_s: float) -> dict[int, bytes]:
         """The next record of every peer, by rank. Raises EngineError naming the peer that is gone or late."""
         records: dict[int, bytes] = {}
-        missing = self._take(list(self._peers), records)
-        if not missing:
-            return records
         deadline = time.monotonic() + timeout_s
-        while missing:
-            left_s = deadline - time.monotonic()
-            if left_s <= 0:
-                raise EngineError(f"rank {self.rank} waited {timeout_s:g} s for rank(s) {_listed(missing)}")
-            poller = select.poll()
-            for peer in missing:
-                poller.register(self._peers[peer], select.POLLIN)
-            poller.poll(1000 * left_s)
-            missing = self._take(missing, records)
+        # Only those that are missing: one that has answered may be ahead, and would end every wait at once.
+        missing = select.poll()
+        for descriptor in self._rank_of:
+            missing.register(descriptor, select.POLLIN)
+        while len(records) < len(self._peers):
+            ready = missing.poll(max(0.0, 1000 * (deadline - time.monotonic())))
+            if not ready:
+                late = [peer for peer in self._peers if peer not in records]
+                raise EngineError(f"rank {self.rank} waited {timeout_s:g} s for rank(s) {_listed(late)}")
+            for descriptor, _ in ready:
+                peer = self._rank_of[descriptor]
+                record = self._read(peer)
+                if record is not None:
+                    records[peer] = record
+                    missing.unregister(descriptor)
         return records
 
-    def _take(self, peers: list[int], records: dict[int, bytes]) -> list[int]:
-        """Read what is there; returns the peers whose record is not complete."""
-        missing = []
-        for peer in peers:
-            partial = self._partial[peer]
-            try:
-                data = self._peers[peer].recv(self._record_bytes - len(partial))
-            except BlockingIOError:
-                missing.append(peer)
-                continue
-            except OSError as error:
-                self.stop_watching()
-                raise EngineError(f"rank {self.rank} lost rank {peer}: {error.strerror or error}") from None
-            if not data:
-                self.stop_watching()
-                raise EngineError(f"rank {self.rank} lost rank {peer}: it has ended")
-            data = partial + data
-            if len(data) < self._record_bytes:
-                self._partial[peer] = data
-                missing.append(peer)
-            else:
-                self._partial[peer] = b""
-                records[peer] = data
-        return missing
+    def _read(self, peer: int) -> bytes | None:
+        """The next record of a peer, None if only a part of it is there. Raises EngineError when the peer is gone."""
+        partial = self._partial[peer]
+        try:
+            data = self._peers[peer].recv(self._record_bytes - len(partial))
+        except OSError as error:
+            self.stop_watching()
+            raise EngineError(f"rank {self.rank} lost rank {peer}: {error.strerror or error}") from None
+        if not data:
+            self.stop_watching()
+            raise EngineError(f"rank {self.rank} lost rank {peer}: it has ended")
+        data = partial + data
+        self._partial[peer] = data if len(data) < self._record_bytes else b""
+        return None if self._partial[peer] else data
 
     def stop_watching(self) -> None:
         """Nothing more is awaited: `fileno` is not readable any more, whatever the peers do."""

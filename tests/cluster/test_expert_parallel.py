@@ -1,16 +1,38 @@
-"""Ranks that share the experts answer as one rank that has them all."""
+"""Ranks that share the experts answer as one rank that has them all: of one node, of two, and on both sides of a
+hand-off."""
 
 import asyncio
 import time
 from pathlib import Path
 from typing import Any
 
-from tests.cluster.client import complete_all, prompts_of_lengths
-from tests.cluster.harness import ranks, standalone, wait_idle
+import psutil
+import pytest
+import pytest_asyncio
+
+from tests.cluster.client import Answer, complete_all, prompts_of_lengths
+from tests.cluster.harness import Cluster, Program, free_port, ranks, standalone, wait_idle
 
 PLAIN: dict[str, Any] = {"engine": {"numerics": "plain", "dtype": "float32", "block_size": 32}}
-LENGTHS = [1, 5, 16, 33, 64, 100]
+PROMPTS = prompts_of_lengths([1, 5, 16, 33, 64, 100], seed=23)
 MAX_TOKENS = [6, 1, 12, 3, 8, 10]
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def expected(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Answer]:
+    async with standalone(tmp_path_factory.mktemp("one"), tiny_checkpoint, PLAIN) as node:
+        return await complete_all(node.url, PROMPTS, MAX_TOKENS, concurrency=1)
+
+
+def shared(num_ranks: int, **group: Any) -> dict[str, Any]:
+    """Of a node whose ranks share the experts."""
+    return {"data_parallel_size": num_ranks, "enable_expert_parallel": True, "expert_parallel": group}
+
+
+def assert_same(got: list[Answer], expected: list[Answer]) -> None:
+    assert [answer.token_ids for answer in got] == [answer.token_ids for answer in expected]
+    for left, right in zip(got, expected, strict=True):
+        assert left.logprobs == pytest.approx(right.logprobs, abs=1e-4)
 
 
 async def steps_of_all(url: str, size: int) -> int:
@@ -25,22 +47,63 @@ async def steps_of_all(url: str, size: int) -> int:
 
 
 async def test_two_ranks_with_half_the_experts_each_give_the_tokens_of_one(
-    tmp_path: Path, tiny_checkpoint: Path
+    tmp_path: Path, tiny_checkpoint: Path, expected: list[Answer]
 ) -> None:
-    prompts = prompts_of_lengths(LENGTHS, seed=23)
-    (tmp_path / "one").mkdir()
-    async with standalone(tmp_path / "one", tiny_checkpoint, PLAIN) as node:
-        expected = await complete_all(node.url, prompts, MAX_TOKENS, concurrency=1)
-    shared = PLAIN | {"data_parallel_size": 2, "enable_expert_parallel": True}
-    async with standalone(tmp_path, tiny_checkpoint, shared) as node:
-        alone = await complete_all(node.url, prompts, MAX_TOKENS, concurrency=1)
-        together = await complete_all(node.url, prompts, MAX_TOKENS, concurrency=6)
+    async with standalone(tmp_path, tiny_checkpoint, PLAIN | shared(2, part_tokens=24, shard_lm_head=True)) as node:
+        alone = await complete_all(node.url, PROMPTS, MAX_TOKENS, concurrency=1)
+        together = await complete_all(node.url, PROMPTS, MAX_TOKENS, concurrency=6)
         await wait_idle(node.url)
         steps = await steps_of_all(node.url, size=2)
         assert all(rank["generated_tokens"] for rank in await ranks(node.url)), "both ranks served requests"
         await asyncio.sleep(1.0)
         assert await steps_of_all(node.url, size=2) == steps, "nobody steps when all are idle"
-    for answers in (alone, together):
-        assert [a.token_ids for a in answers] == [a.token_ids for a in expected]
-        for got, wanted in zip(answers, expected, strict=True):
-            assert max(abs(a - b) for a, b in zip(got.logprobs, wanted.logprobs, strict=True)) < 1e-4
+    assert_same(alone, expected)
+    assert_same(together, expected)
+
+
+async def test_two_prefill_ranks_and_four_decode_ranks_give_the_tokens_of_one(
+    tmp_path: Path, tiny_checkpoint: Path, expected: list[Answer]
+) -> None:
+    cluster = Cluster(tmp_path, tiny_checkpoint, both=PLAIN, prefill=[shared(2)], decode=[shared(4)])
+    async with cluster:
+        for concurrency in (1, 6):
+            assert_same(await complete_all(cluster.url, PROMPTS, MAX_TOKENS, concurrency), expected)
+        await cluster.wait_idle()
+        await steps_of_all(cluster.prefill[0].url, size=2)
+        await steps_of_all(cluster.decode[0].url, size=4)
+        counted = [*await ranks(cluster.prefill[0].url), *await ranks(cluster.decode[0].url)]
+        assert all(rank["transfers_sent"] or rank["transfers_received"] for rank in counted), "every rank took part"
+
+
+def engine_processes(node: Program) -> list[psutil.Process]:
+    children = psutil.Process(node.pid).children()
+    return [child for child in children if "spawn_main" in " ".join(child.cmdline())]
+
+
+async def test_a_group_over_two_nodes_serves_as_one_and_fails_as_one(
+    tmp_path: Path, tiny_checkpoint: Path, expected: list[Answer]
+) -> None:
+    meeting = {"address": f"127.0.0.1:{free_port()}", "ranks": 4}
+    nodes = [{"prefill": "local"} | shared(2, **meeting, first_rank=first) for first in (0, 2)]
+    cluster = Cluster(tmp_path, tiny_checkpoint, both=PLAIN, prefill=(), decode=nodes)
+    async with cluster:
+        assert_same(await complete_all(cluster.url, PROMPTS, MAX_TOKENS, concurrency=6), expected)
+        for node in cluster.decode:
+            assert_same(await complete_all(node.url, PROMPTS, MAX_TOKENS, concurrency=6), expected)
+        await cluster.wait_idle()
+        steps = [await steps_of_all(node.url, size=2) for node in cluster.decode]
+        assert steps[0] == steps[1], "all four ranks take part in every step"
+
+        engine_processes(cluster.decode[1])[0].kill()
+        deadline = time.monotonic() + 60
+        while any(node.exit_code is None for node in cluster.decode):
+            assert time.monotonic() < deadline, f"a node lives on: {[node.exit_code for node in cluster.decode]}"
+            await asyncio.sleep(0.1)
+        assert all(node.exit_code for node in cluster.decode)
+        assert "lost rank 2: it has ended" in cluster.decode[0].log()
+
+        for node in cluster.decode:
+            node.start()
+        await cluster.wait_proven()
+        await cluster.wait_joined()
+        assert_same(await complete_all(cluster.url, PROMPTS, MAX_TOKENS, concurrency=6), expected)
