@@ -28,6 +28,8 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     """The name under which the node is registered with routers."""
     created: int = 0
     """Unix time of the start."""
+    block_size: int = 256
+    """Tokens per page."""
     checkpoint: str = ""
     """The checkpoint's directory, whose encoder tells which generation of the prompt format it was trained on."""
     version: str = "0.1.0"

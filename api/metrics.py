@@ -5,29 +5,28 @@ labels `model_name` and `engine` (the data-parallel rank). Gauges and totals of 
 snapshot when they are scraped, so they are there from the first scrape on.
 """
 
-from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from prometheus_client import CollectorRegistry, Counter
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from api.backend import EngineClient
+from runtime.histogram import REQUEST_SECONDS, STEP_TOKENS, Histogram, HistogramCounts, cumulative
 from runtime.requests import EngineStats
 
 PREFIXES = ("tandem_", "vllm:")
 
 _SHORT = (0.001, 0.0025, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
-_LONG = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0, 640.0, 1280.0)
 _TOKENS = (1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 1e2, 2e2, 5e2, 1e3, 2e3, 5e3, 1e4, 2e4, 5e4, 1e5, 2e5, 5e5, 1e6)
 _CHOICES = (1.0, 2.0, 5.0, 10.0, 20.0)
 
 HISTOGRAMS: dict[str, tuple[str, tuple[float, ...]]] = {
-    "time_to_first_token_seconds": ("From the request's arrival to its first token.", _LONG),
+    "time_to_first_token_seconds": ("From the request's arrival to its first token.", REQUEST_SECONDS),
     "inter_token_latency_seconds": ("Between two steps that brought tokens of one request.", _SHORT),
     "request_time_per_output_token_seconds": ("Mean time per token after the first, per request.", _SHORT),
-    "e2e_request_latency_seconds": ("From the request's arrival to its last token.", _LONG),
-    "request_decode_time_seconds": ("From the first to the last token.", _LONG),
+    "e2e_request_latency_seconds": ("From the request's arrival to its last token.", REQUEST_SECONDS),
+    "request_decode_time_seconds": ("From the first to the last token.", REQUEST_SECONDS),
     "request_prompt_tokens": ("Prompt tokens per request.", _TOKENS),
     "request_generation_tokens": ("Generated tokens per request.", _TOKENS),
     "request_params_max_tokens": ("Tokens a request was allowed to generate.", _TOKENS),
@@ -61,30 +60,22 @@ COUNTERS: dict[str, tuple[str, Callable[[EngineStats], float]]] = {
     "transfers_failed": ("States that did not arrive.", lambda s: s.transfers_failed),
     "requests_recomputed": ("Requests computed again after a failed transfer.", lambda s: s.recomputed),
     "received_bytes": ("Bytes of state received.", lambda s: s.bytes_received),
+    "external_prefix_cache_queries": (
+        "Prompt tokens whose state was to come from elsewhere.",
+        lambda s: s.tokens_asked_for,
+    ),
+    "external_prefix_cache_hits": ("Prompt tokens whose state was received.", lambda s: s.tokens_received),
 }
 
-
-class _Buckets:
-    """Counts of one histogram series. Plain integers: everything happens on the event loop."""
-
-    __slots__ = ("_bounds", "_counts", "_total")
-
-    def __init__(self, bounds: tuple[float, ...]) -> None:
-        self._bounds = bounds
-        self._counts = [0] * (len(bounds) + 1)
-        self._total = 0.0
-
-    def observe(self, value: float) -> None:
-        self._counts[bisect_left(self._bounds, value)] += 1
-        self._total += value
-
-    def cumulative(self) -> tuple[list[tuple[str, float]], float]:
-        rows: list[tuple[str, float]] = []
-        running = 0
-        for bound, count in zip((*map(str, self._bounds), "+Inf"), self._counts, strict=True):
-            running += count
-            rows.append((bound, running))
-        return rows, self._total
+ENGINE_HISTOGRAMS: dict[str, tuple[str, tuple[float, ...], Callable[[EngineStats], HistogramCounts]]] = {
+    "request_queue_time_seconds": ("From a request's arrival in the engine to its turn.", REQUEST_SECONDS,
+                                   lambda s: s.queue_time),
+    "request_prefill_time_seconds": ("From a request's turn to its first token.", REQUEST_SECONDS,
+                                     lambda s: s.prefill_time),
+    "request_inference_time_seconds": ("From a request's turn to its end.", REQUEST_SECONDS,
+                                       lambda s: s.inference_time),
+    "iteration_tokens_total": ("Tokens computed per step.", STEP_TOKENS, lambda s: s.step_tokens),
+}  # fmt: skip
 
 
 class ApiMetrics(Collector):
@@ -95,7 +86,7 @@ class ApiMetrics(Collector):
         self._model_name = model_name
         self._num_ranks = engine.info.num_ranks
         self._histograms = {
-            name: [_Buckets(bounds) for _ in range(self._num_ranks)] for name, (_, bounds) in HISTOGRAMS.items()
+            name: [Histogram(bounds) for _ in range(self._num_ranks)] for name, (_, bounds) in HISTOGRAMS.items()
         }
         self._inter_token = self._histograms["inter_token_latency_seconds"]
         self._finished: list[dict[str, int]] = [{"stop": 0, "length": 0, "abort": 0} for _ in range(self._num_ranks)]
@@ -135,7 +126,7 @@ class ApiMetrics(Collector):
         in_flight.add_metric([], self.http_in_flight)
         yield in_flight
 
-    def _engine_families(self, prefix: str, stats: Iterable[EngineStats]) -> Iterator[Metric]:
+    def _engine_families(self, prefix: str, stats: Sequence[EngineStats]) -> Iterator[Metric]:
         for name, (help_text, read) in GAUGES.items():
             gauge = GaugeMetricFamily(prefix + name, help_text, labels=["model_name", "engine"])
             for rank in stats:
@@ -146,13 +137,28 @@ class ApiMetrics(Collector):
             for rank in stats:
                 counter.add_metric([self._model_name, str(rank.rank)], read(rank))
             yield counter
+        for name, (help_text, bounds, counts_of) in ENGINE_HISTOGRAMS.items():
+            histogram = HistogramMetricFamily(prefix + name, help_text, labels=["model_name", "engine"])
+            for rank in stats:
+                counts = counts_of(rank)
+                histogram.add_metric([self._model_name, str(rank.rank)], cumulative(bounds, counts), counts.total)
+            yield histogram
+        config = GaugeMetricFamily(
+            prefix + "cache_config_info",
+            "How the pages are set up; always 1.",
+            labels=["model_name", "engine", "block_size", "num_gpu_blocks"],
+        )
+        for rank in stats:
+            labels = [self._model_name, str(rank.rank), str(self._engine.info.block_size), str(rank.pages_total)]
+            config.add_metric(labels, 1)
+        yield config
 
     def _request_families(self, prefix: str) -> Iterator[Metric]:
-        for name, (help_text, _) in HISTOGRAMS.items():
+        for name, (help_text, bounds) in HISTOGRAMS.items():
             histogram = HistogramMetricFamily(prefix + name, help_text, labels=["model_name", "engine"])
-            for rank, buckets in enumerate(self._histograms[name]):
-                rows, total = buckets.cumulative()
-                histogram.add_metric([self._model_name, str(rank)], rows, total)
+            for rank, measured in enumerate(self._histograms[name]):
+                values = measured.counts()
+                histogram.add_metric([self._model_name, str(rank)], cumulative(bounds, values), values.total)
             yield histogram
         success = CounterMetricFamily(
             prefix + "request_success", "Choices that ended.", labels=["model_name", "engine", "finished_reason"]

@@ -16,6 +16,7 @@ from engine.page_pool import PagePool
 from engine.pool import PoolCorrupted
 from engine.pools import StatePools
 from engine.request import Phase, Request
+from engine.request_times import RequestTimes
 from engine.rows import Rows
 from engine.sampling_rows import SamplingRows
 from engine.scheduler import Prefilling, Snapshot, Victim, Waiting
@@ -49,6 +50,7 @@ class LiveRequests:
         """Their last step is under way: whatever it yields, they are in no step after it."""
         self._by_id: dict[str, Request] = {}
         self.num_preempted = 0
+        self.times = RequestTimes()
 
     def __len__(self) -> int:
         return len(self._by_id)
@@ -185,6 +187,7 @@ class LiveRequests:
         self.leave_step(request)
         del self._by_id[request.request_id]
         self.transfers.hold(request, first)
+        self.times.over(request.clock)
 
     def end(self, request: Request, reason: str) -> None:
         """It is over. What it owns is free now or, where a transfer may still touch it, when that has ended."""
@@ -196,6 +199,7 @@ class LiveRequests:
             self.transfers.cancel(request, reason)
         self._give_back(request)
         request.enter(Phase.DONE)
+        self.times.over(request.clock)
 
     def _give_back(self, request: Request) -> None:
         if request.state is not None:

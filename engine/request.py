@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.pools import StateHolding
+from engine.request_times import RequestClock
 from runtime.requests import LookUpState, ReceiveState, SamplingParams, SendState, Submit, TokenLogprobs
 
 
@@ -73,6 +74,7 @@ class Request:
 
     __slots__ = (
         "cached_tokens",
+        "clock",
         "generated",
         "handoff",
         "matcher",
@@ -115,6 +117,7 @@ class Request:
         """One entry per prompt token computed so far, the first has none; None if not wanted or already sent."""
         self.state: StateHolding | None = None
         self.phase = Phase.WAITING
+        self.clock = RequestClock()
 
     def forget_state(self) -> None:
         """Pages and slot are gone; every token must be computed again."""
@@ -126,6 +129,10 @@ class Request:
         """Change phase; any other change than those drawn above is a bug."""
         assert phase in _NEXT[self.phase], f"{self.request_id}: {self.phase.value} -> {phase.value}"
         self.phase = phase
+        if phase is Phase.PREFILLING or phase is Phase.RECEIVING:
+            self.clock.begin()
+        elif phase is Phase.DECODING or phase is Phase.HELD:
+            self.clock.first_token()
 
     @property
     def num_prompt(self) -> int:

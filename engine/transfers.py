@@ -77,6 +77,8 @@ class TransferCounters:
     received: int = 0
     failed: int = 0
     bytes_received: int = 0
+    tokens_asked_for: int = 0
+    tokens_received: int = 0
 
 
 class Transfers:
@@ -170,6 +172,7 @@ class Transfers:
         del self._waiting[handoff.transfer_id]
         self._pools.assign(request.owned, Use.TRANSFER, handoff.transfer_id)
         self._receiving[handoff.transfer_id] = request
+        self.counters.tokens_asked_for += request.num_prompt
         self._required.receive(
             handoff.transfer_id,
             handoff.source_address,
@@ -244,6 +247,7 @@ class Transfers:
         request.handoff = None
         self.counters.received += 1
         self.counters.bytes_received += event.num_bytes
+        self.counters.tokens_received += request.num_prompt
         return Arrived(request, event)
 
     def _receive_failed(self, transfer_id: str, message: str, retryable: bool) -> Outcome | None:

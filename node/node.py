@@ -75,6 +75,7 @@ async def serve(config: NodeConfig, role: Role, stopping: asyncio.Event) -> None
             role=role,
             num_ranks=len(engines),
             node_id=config.id,
+            block_size=config.engine.block_size,
             checkpoint=str(config.engine.model),
         )
         registry = CollectorRegistry()

@@ -6,6 +6,8 @@ Directions are in each docstring. Times are seconds; token ids are indices into 
 
 import msgspec
 
+from runtime.histogram import HistogramCounts
+
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """How to choose tokens, already validated and resolved (no None means "server default").
@@ -189,6 +191,16 @@ class EngineStats(msgspec.Struct, frozen=True, tag="stats", kw_only=True):
     transfers_failed: int = 0
     recomputed: int = 0
     bytes_received: int = 0
+    tokens_asked_for: int = 0
+    """Prompt tokens of the requests whose state was to come from another rank."""
+    tokens_received: int = 0
+    """Those of them whose state came."""
+    queue_time: HistogramCounts = HistogramCounts()
+    """Per request, with `REQUEST_SECONDS`: until its turn, to its first token, and in all from its turn on."""
+    prefill_time: HistogramCounts = HistogramCounts()
+    inference_time: HistogramCounts = HistogramCounts()
+    step_tokens: HistogramCounts = HistogramCounts()
+    """Tokens computed per step, with `STEP_TOKENS`."""
     draining: bool = False
 
 

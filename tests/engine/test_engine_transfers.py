@@ -63,7 +63,10 @@ def test_tokens_equal_those_of_one_process(length):
     assert pair.decode.messages["d-t"][0].prompt_tokens == length
     assert "d-t" in pair.decode.handovers
     pair.assert_empty()
-    assert pair.prefill.engine.stats().transfers_sent == pair.decode.engine.stats().transfers_received == 1
+    sent, received = pair.prefill.engine.stats(), pair.decode.engine.stats()
+    assert sent.transfers_sent == received.transfers_received == 1
+    assert received.tokens_asked_for == received.tokens_received == length
+    assert sum(sent.inference_time.counts) == sum(received.inference_time.counts) == 1
 
 
 def test_full_pages_are_announced_while_later_chunks_are_computed():

@@ -109,7 +109,12 @@ async def test_requests_are_counted_and_timed(server: Server) -> None:
     assert values["vllm:prefix_cache_hits_total", "0"] == 2
     assert values["vllm:request_params_n_sum", "0"] == 2
     assert values["tandem_generation_tokens_total", "0"] == 10
+    for name in ("request_queue_time", "request_prefill_time", "request_inference_time"):
+        assert values[f"vllm:{name}_seconds_count", "0"] == 0, "the stand-in engine measures nothing"
+    assert values["vllm:iteration_tokens_total_bucket+Inf", "0"] == 0
     text = await (await server.get("/metrics")).text()
+    info = 'vllm:cache_config_info{block_size="256",engine="0",model_name="tiny",num_gpu_blocks="100"} 1.0'
+    assert info in text
     assert f'tandem_http_requests_total{{handler="{COMPLETIONS}",method="POST",status="200"}} 1.0' in text
 
 
