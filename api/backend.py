@@ -26,6 +26,8 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     num_ranks: int = 1
     node_id: str = ""
     """The name under which the node is registered with routers."""
+    process: int = 0
+    """Which of the node's API processes this is."""
     created: int = 0
     """Unix time of the start."""
     block_size: int = 256

@@ -1,5 +1,5 @@
-"""Ids of stored responses. Each begins with a tag of the node that keeps it, so that whoever routes a follow-up can
-send it there without remembering anything."""
+"""Ids of stored responses. Each begins with a tag of the node that keeps it and the number of the API process in it, so
+that whoever routes a follow-up can send it there without remembering anything."""
 
 import hashlib
 import re
@@ -7,7 +7,8 @@ import uuid
 
 PREFIX = "resp_"
 TAG_CHARS = 8
-_ID = re.compile(rf"{PREFIX}([0-9a-f]{{{TAG_CHARS}}})[0-9a-f]{{32}}")
+MAX_PROCESSES = 256
+_ID = re.compile(rf"{PREFIX}([0-9a-f]{{{TAG_CHARS}}})([0-9a-f]{{2}})[0-9a-f]{{30}}")
 
 
 def tag_of(node_id: str) -> str:
@@ -15,8 +16,14 @@ def tag_of(node_id: str) -> str:
     return hashlib.sha256(node_id.encode()).hexdigest()[:TAG_CHARS]
 
 
-def new_response_id(node_id: str) -> str:
-    return f"{PREFIX}{tag_of(node_id)}{uuid.uuid4().hex}"
+def new_response_id(node_id: str, process: int = 0) -> str:
+    return f"{PREFIX}{tag_of(node_id)}{process:02x}{uuid.uuid4().hex[:30]}"
+
+
+def process_of(response_id: str) -> int | None:
+    """The API process, within its node, that made the response; None for what is no id of ours."""
+    found = _ID.fullmatch(response_id)
+    return None if found is None else int(found[2], 16)
 
 
 def is_kept_by(response_id: str, node_id: str) -> bool:

@@ -42,7 +42,9 @@ async def responses(request: web.Request) -> web.StreamResponse:
         with renamed_fields(FIELD_NAMES, conversation.places):
             chat = to_chat(body, conversation.messages)
             check_logprobs(body.top_logprobs, "top_logprobs", context.limits)
-            prepared = await prepare_chat(request, chat, response_id=new_response_id(context.info.node_id))
+            prepared = await prepare_chat(
+                request, chat, response_id=new_response_id(context.info.node_id, context.info.process)
+            )
         shape = ResponsesShape(
             response_id=prepared.submission.response_id,
             created=context.unix_time(),

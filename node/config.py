@@ -4,6 +4,7 @@ from pathlib import Path
 
 import msgspec
 
+from api.response_ids import MAX_PROCESSES
 from api.settings import ApiSettings
 from engine.config import EngineConfig
 from kv_transfer.config import TransferConfig
@@ -24,6 +25,8 @@ class NodeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     bootstrap_port: int | None = None
     """Prefill nodes behind a router that speaks vLLM's Mooncake protocol: where it asks for `/query` (8998 there)."""
 
+    api_processes: int = 1
+    """Processes that serve HTTP on the one port. Each needs a core for the tokens it streams."""
     data_parallel_size: int = 1
     """Engine processes, one per GPU."""
     enable_expert_parallel: bool = False
@@ -47,6 +50,8 @@ class NodeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     def __post_init__(self) -> None:
         if not 1 <= self.port <= 65535:
             raise ValueError(f"port={self.port} is not a port")
+        if not 1 <= self.api_processes <= MAX_PROCESSES:
+            raise ValueError(f"api_processes={self.api_processes}: must be 1 to {MAX_PROCESSES}")
         if self.data_parallel_size < 1:
             raise ValueError(f"data_parallel_size={self.data_parallel_size}: must be at least 1")
         group = self.expert_parallel

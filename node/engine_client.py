@@ -1,7 +1,7 @@
-"""The API process's view of its engine processes: submit requests, stream tokens, abort, watch the load.
+"""An API process's view of the engine processes of its node: submit requests, stream tokens, abort, watch the load.
 
-Implements `api.backend.EngineClient`. Runs on the event loop and owns every request of the node from `generate` until
-its end, its failure, or the closing of its stream.
+Implements `api.backend.EngineClient`. Runs on the event loop and owns every request of this process from `generate`
+until its end, its failure, or the closing of its stream.
 """
 
 import logging
@@ -11,7 +11,7 @@ import msgspec
 
 from api.backend import EngineInfo, TokenQueue, failure
 from node.bootstrap import Resolver
-from node.engine_process import EngineProcess
+from node.engine_link import EngineLink
 from runtime.errors import EngineError, RequestError, TransferError
 from runtime.requests import (
     Abort,
@@ -19,6 +19,7 @@ from runtime.requests import (
     FromEngine,
     Handover,
     LookUpState,
+    RankLost,
     ReceiveState,
     ReleaseTransfer,
     RequestFailed,
@@ -37,7 +38,7 @@ class NodeEngineClient:
     def __init__(
         self,
         info: EngineInfo,
-        engines: Sequence[EngineProcess],
+        engines: Sequence[EngineLink],
         on_handover: Callable[[Handover], None],
         *,
         recompute: bool,
@@ -45,8 +46,8 @@ class NodeEngineClient:
         """`recompute`: a state whose source cannot be found is computed here instead."""
         self.info = info
         self._engines = engines
-        self._streams: dict[str, tuple[TokenQueue, EngineProcess]] = {}
-        self._next_rank = 0
+        self._streams: dict[str, tuple[TokenQueue, EngineLink]] = {}
+        self._next_rank = info.process % max(1, len(engines))
         self._on_handover = on_handover
         self._resolver = Resolver()
         self._recompute = recompute
@@ -77,7 +78,7 @@ class NodeEngineClient:
             raise EngineError(f"request {request.request_id}: {reason}")
         stream = TokenQueue(request.request_id, self._abort, rank, path)
         self._streams[request.request_id] = (stream, engine)
-        engine.send(request)
+        engine.send(msgspec.structs.replace(request, reader=self.info.process))
         return stream
 
     async def _look_up(self, wanted: LookUpState) -> ReceiveState | None:
@@ -115,9 +116,9 @@ class NodeEngineClient:
         """Requests whose end is not known yet."""
         return len(self._streams)
 
-    def fail_all(self, engine: EngineProcess, reason: str) -> None:
-        """An engine process ended: every request on it ends with the reason."""
-        lost = [request_id for request_id, (_, owner) in self._streams.items() if owner is engine]
+    def fail_all(self, reason: str, rank: int | None = None) -> None:
+        """Every request ends with the reason, or every one on `rank`: nothing more will come for it."""
+        lost = [request_id for request_id, (_, engine) in self._streams.items() if rank in (None, engine.rank)]
         for request_id in lost:
             stream, _ = self._streams.pop(request_id)
             stream.fail(EngineError(f"request {request_id}: {reason}"))
@@ -138,5 +139,7 @@ class NodeEngineClient:
                 if (entry := self._streams.get(message.request_id)) is not None:
                     entry[0].handed_over()
                 self._on_handover(message)
+            case RankLost(rank, reason):
+                self.fail_all(reason, rank)
             case _:
                 pass

@@ -1,4 +1,4 @@
-"""One engine rank as the API process sees it: the child process, its channel, and what it last said about itself."""
+"""One engine rank as the node process sees it, which owns it: a link to it, and the child process itself."""
 
 import asyncio
 import logging
@@ -7,34 +7,30 @@ from typing import Any
 
 import msgspec
 
-from runtime.channel import ChannelAddress, NodeChannel
+from node.engine_link import EngineLink
+from runtime.channel import ChannelAddress, announce
 from runtime.errors import ProcessDied
 from runtime.process import ChildProcess
 from runtime.requests import (
     Drain,
     Drained,
     EngineReady,
-    EngineStats,
     EpochChanged,
     FromEngine,
+    RankLost,
     Shutdown,
-    ToEngine,
 )
 
 log = logging.getLogger(__name__)
 
 
-class EngineProcess:
+class EngineProcess(EngineLink):
     """Starts one rank, waits for it, stops it. Owned by the node."""
 
     def __init__(self, name: str, address: ChannelAddress, target: Callable[..., None], *args: Any) -> None:
-        self.rank = address.rank
-        self.stats: EngineStats | None = None
-        self.on_message: Callable[[FromEngine], None] = lambda _: None
+        super().__init__(address)
         self.on_epoch: Callable[[EpochChanged], None] = lambda _: None
-        self._address = address
         self._process = ChildProcess(name, target, address, *args)
-        self._channel: NodeChannel | None = None
         self._ready: asyncio.Future[EngineReady] | None = None
         self._drained: asyncio.Future[None] | None = None
         self._about: EngineReady | None = None
@@ -43,7 +39,7 @@ class EngineProcess:
         loop = asyncio.get_running_loop()
         self._ready = loop.create_future()
         self._drained = loop.create_future()
-        self._channel = NodeChannel(self._address, self._receive)
+        self.open()
         self._process.start()
 
     async def wait_ready(self, deadline_s: float) -> EngineReady:
@@ -57,10 +53,6 @@ class EngineProcess:
         assert self._about is not None
         return self._about
 
-    def send(self, message: ToEngine) -> None:
-        if self._channel is not None:
-            self._channel.send(message)
-
     def trouble(self) -> str | None:
         """None when the rank can take work, else why not."""
         if not self._process.alive:
@@ -73,6 +65,12 @@ class EngineProcess:
         """Wait for the process's end; returns what to say about it."""
         code = await self._process.died()
         return f"engine rank {self.rank} ended with exit code {code}"
+
+    def lose(self, reason: str) -> None:
+        """The process ended by itself: every request on it ends, in every API process."""
+        lost = RankLost(self.rank, reason)
+        self.receive(lost)
+        announce(self.address, lost)
 
     async def drain(self, deadline_s: float) -> bool:
         """Let the rank finish what runs and what it promised. False when it did not within the deadline."""
@@ -91,14 +89,10 @@ class EngineProcess:
         if self._process.alive:
             self.send(Shutdown())
         await self._process.stop(grace_s)
-        if self._channel is not None:
-            self._channel.close()
-            self._channel = None
+        self.close()
 
-    def _receive(self, message: FromEngine) -> None:
+    def receive(self, message: FromEngine) -> None:
         match message:
-            case EngineStats():
-                self.stats = message
             case EngineReady():
                 self._about = message
                 if self._ready is not None and not self._ready.done():
@@ -112,4 +106,4 @@ class EngineProcess:
             case Drained():
                 if self._drained is not None and not self._drained.done():
                     self._drained.set_result(None)
-        self.on_message(message)
+        super().receive(message)

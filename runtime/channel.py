@@ -1,8 +1,9 @@
-"""The socket between an API process and one of its engine processes: typed messages, batched, in order, one way each.
+"""The sockets between the API processes of a node and one of its engine processes: typed messages, batched, in order.
 
-Two PUSH/PULL pairs on Unix sockets in a directory that only this user can enter. Both queues are unbounded on purpose:
-what may be outstanding is bounded where requests are admitted, and a full socket must never block the step loop.
-Bytes are made here and nowhere else.
+PUSH/PULL on Unix sockets in a directory that only this user can enter: one way in for all API processes, one way out to
+each, so that tokens reach the process that asked for them without a stop. All queues are unbounded on purpose: what may
+be outstanding is bounded where requests are admitted, and a full socket must never block the step loop. Bytes are made
+here and nowhere else.
 """
 
 import asyncio
@@ -17,6 +18,7 @@ import msgspec
 import zmq
 
 from runtime.errors import ProcessDied
+from runtime.replies import Replies
 from runtime.requests import FromEngine, ToEngine
 
 _encode = msgspec.msgpack.Encoder().encode
@@ -25,18 +27,19 @@ _decode_from_engine = msgspec.msgpack.Decoder(FromEngine).decode
 
 
 class ChannelAddress(msgspec.Struct, frozen=True):
-    """Where one engine process and its API process meet. `directory` is created by the API process, mode 0700."""
+    """Where one engine process and its API processes meet. `directory` is created by the node process, mode 0700."""
 
     directory: str
     rank: int
+    num_readers: int = 1
+    """API processes of the node; number 0 is the node process, which also owns the engine process."""
 
     @property
     def to_engine(self) -> str:
         return f"ipc://{Path(self.directory) / f'rank{self.rank}.in'}"
 
-    @property
-    def from_engine(self) -> str:
-        return f"ipc://{Path(self.directory) / f'rank{self.rank}.out'}"
+    def from_engine(self, reader: int) -> str:
+        return f"ipc://{Path(self.directory) / f'rank{self.rank}.out{reader}'}"
 
 
 def _socket(context: "zmq.Context[zmq.Socket[bytes]]", kind: int) -> "zmq.Socket[bytes]":
@@ -47,6 +50,12 @@ def _socket(context: "zmq.Context[zmq.Socket[bytes]]", kind: int) -> "zmq.Socket
     return socket
 
 
+def _sender(context: "zmq.Context[zmq.Socket[bytes]]", address: ChannelAddress, reader: int) -> "zmq.Socket[bytes]":
+    socket = _socket(context, zmq.PUSH)
+    socket.connect(address.from_engine(reader))
+    return socket
+
+
 class EngineChannel:
     """The engine's end. Belongs to the step thread; only `wake` may be called from elsewhere."""
 
@@ -54,8 +63,8 @@ class EngineChannel:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._inbox = _socket(self._context, zmq.PULL)
         self._inbox.bind(address.to_engine)
-        self._outbox = _socket(self._context, zmq.PUSH)
-        self._outbox.connect(address.from_engine)
+        self._outboxes = [_sender(self._context, address, reader) for reader in range(address.num_readers)]
+        self._replies = Replies(address.num_readers)
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._wake_lock = threading.Lock()
         self._closed = False
@@ -72,8 +81,9 @@ class EngineChannel:
         self._poller.register(descriptor, zmq.POLLIN)
 
     def send(self, message: FromEngine) -> None:
-        """Queue a message; never blocks."""
-        self._outbox.send(_encode(message))
+        """Queue a message for whoever it concerns; never blocks."""
+        for reader, part in self._replies.split(message):
+            self._outboxes[reader].send(_encode(part))
 
     def receive(self, timeout_s: float = 0.0) -> list[ToEngine]:
         """Everything that has arrived. With nothing there, wait up to `timeout_s` for a message, a `wake` or what is
@@ -95,7 +105,10 @@ class EngineChannel:
         messages: list[ToEngine] = []
         try:
             while True:
-                messages.append(_decode_to_engine(self._inbox.recv(zmq.NOBLOCK)))
+                message = _decode_to_engine(self._inbox.recv(zmq.NOBLOCK))
+                if len(self._outboxes) > 1:
+                    self._replies.asked(message)
+                messages.append(message)
         except zmq.Again:
             return messages
 
@@ -107,8 +120,8 @@ class EngineChannel:
 
     def close(self, flush_s: float = 1.0) -> None:
         """Close after giving queued messages up to `flush_s` to leave."""
-        self._outbox.setsockopt(zmq.LINGER, int(flush_s * 1000))
-        self._outbox.close()
+        for outbox in self._outboxes:
+            outbox.close(linger=int(flush_s * 1000))
         self._inbox.close()
         self._context.term()
         with self._wake_lock:
@@ -116,17 +129,27 @@ class EngineChannel:
             os.close(self._wake_fd)
 
 
-class NodeChannel:
-    """The API process's end, on the running event loop. `on_message` is called for every message, in order."""
+def announce(address: ChannelAddress, message: FromEngine, flush_s: float = 0.5) -> None:
+    """Tell every API process but the node process something about an engine process that cannot say it any more."""
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    for reader in range(1, address.num_readers):
+        outbox = _sender(context, address, reader)
+        outbox.send(_encode(message))
+        outbox.close(linger=int(flush_s * 1000))
+    context.term()
 
-    def __init__(self, address: ChannelAddress, on_message: Callable[[FromEngine], None]) -> None:
+
+class NodeChannel:
+    """An API process's end, on the running event loop. `on_message` is called for every message, in order."""
+
+    def __init__(self, address: ChannelAddress, on_message: Callable[[FromEngine], None], reader: int = 0) -> None:
         self._on_message = on_message
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._outbox = _socket(self._context, zmq.PUSH)
         # Connected, not bound: a bound socket would block in `send` while no engine is there, for ever if it has died.
         self._outbox.connect(address.to_engine)
         self._inbox = _socket(self._context, zmq.PULL)
-        self._inbox.bind(address.from_engine)
+        self._inbox.bind(address.from_engine(reader))
         self._loop = asyncio.get_running_loop()
         self._fd = int(self._inbox.getsockopt(zmq.FD))
         self._loop.add_reader(self._fd, self._drain)
@@ -148,7 +171,6 @@ class NodeChannel:
 
     def close(self, flush_s: float = 0.5) -> None:
         self._loop.remove_reader(self._fd)
-        self._outbox.setsockopt(zmq.LINGER, int(flush_s * 1000))
-        self._outbox.close()
+        self._outbox.close(linger=int(flush_s * 1000))
         self._inbox.close()
         self._context.term()

@@ -82,6 +82,8 @@ class Submit(msgspec.Struct, frozen=True, tag="submit", kw_only=True):
     """Tokens already generated elsewhere (a resumed stream): prefilled like the prompt, counted as output."""
     priority: int = 0
     """Lower first; first come first served within one value."""
+    reader: int = 0
+    """Which API process of the node gets the tokens."""
 
 
 class Abort(msgspec.Struct, frozen=True, tag="abort"):
@@ -228,10 +230,17 @@ class EpochChanged(msgspec.Struct, frozen=True, tag="epoch"):
     handoff_address: str
 
 
+class RankLost(msgspec.Struct, frozen=True, tag="lost"):
+    """Node process -> API process, in the place of a rank that ended: nothing more will come from it."""
+
+    rank: int
+    reason: str
+
+
 class Drained(msgspec.Struct, frozen=True, tag="drained"):
     """Engine -> API: nothing is running and nothing promised is left."""
 
     rank: int
 
 
-FromEngine = StepOutput | RequestFailed | Handover | EngineStats | EngineReady | EpochChanged | Drained
+FromEngine = StepOutput | RequestFailed | Handover | EngineStats | EngineReady | EpochChanged | RankLost | Drained

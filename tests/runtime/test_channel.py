@@ -3,12 +3,24 @@ import threading
 import time
 from pathlib import Path
 
+import msgspec
 import pytest
 
-from runtime.channel import ChannelAddress, EngineChannel, NodeChannel
+from runtime.channel import ChannelAddress, EngineChannel, NodeChannel, announce
 from runtime.errors import ProcessDied
 from runtime.process import ChildProcess
-from runtime.requests import Drain, Drained, FromEngine, SamplingParams, Shutdown, StepOutput, Submit
+from runtime.requests import (
+    Drain,
+    Drained,
+    EngineStats,
+    FromEngine,
+    RankLost,
+    SamplingParams,
+    Shutdown,
+    StepOutput,
+    Submit,
+    Tokens,
+)
 from tests.runtime.channel_echo import main, never_ready
 
 
@@ -85,3 +97,35 @@ def test_waking_a_closed_channel_is_harmless(tmp_path: Path) -> None:
     channel = EngineChannel(ChannelAddress(str(tmp_path), 0))
     channel.close()
     channel.wake()
+
+
+async def test_several_api_processes_each_hear_what_concerns_them(tmp_path: Path) -> None:
+    address = ChannelAddress(str(tmp_path), 0, num_readers=3)
+    engine = EngineChannel(address)
+    # What is said before a process listens waits for it.
+    engine.send(EngineStats(rank=0, running=1))
+    heard: list[asyncio.Queue[FromEngine]] = [asyncio.Queue() for _ in range(3)]
+    channels = [NodeChannel(address, queue.put_nowait, reader) for reader, queue in enumerate(heard)]
+
+    async def next_of(reader: int) -> FromEngine:
+        return await asyncio.wait_for(heard[reader].get(), 30)
+
+    for reader, channel in enumerate(channels):
+        channel.send(msgspec.structs.replace(submit(reader), reader=reader))
+    asked: list[str] = []
+    while len(asked) < 3:
+        messages = await asyncio.to_thread(engine.receive, 10.0)
+        asked += [message.request_id for message in messages if isinstance(message, Submit)]
+    engine.send(StepOutput(tuple(Tokens(request_id, (7,), finish_reason="stop") for request_id in asked)))
+    engine.send(Drained(0))
+    for reader in range(3):
+        assert await next_of(reader) == EngineStats(rank=0, running=1)
+        assert await next_of(reader) == StepOutput((Tokens(str(reader), (7,), finish_reason="stop"),))
+    assert await next_of(0) == Drained(0)
+    await asyncio.to_thread(engine.close)
+    await asyncio.to_thread(announce, address, RankLost(0, "exit code -9"))
+    for reader in (1, 2):
+        assert await next_of(reader) == RankLost(0, "exit code -9")
+    assert all(queue.empty() for queue in heard)
+    for channel in channels:
+        channel.close()
