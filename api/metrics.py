@@ -157,8 +157,8 @@ class ApiMetrics(Collector):
         for name, (help_text, bounds) in HISTOGRAMS.items():
             histogram = HistogramMetricFamily(prefix + name, help_text, labels=["model_name", "engine"])
             for rank, measured in enumerate(self._histograms[name]):
-                values = measured.counts()
-                histogram.add_metric([self._model_name, str(rank)], cumulative(bounds, values), values.total)
+                taken = measured.counts()
+                histogram.add_metric([self._model_name, str(rank)], cumulative(bounds, taken), taken.total)
             yield histogram
         success = CounterMetricFamily(
             prefix + "request_success", "Choices that ended.", labels=["model_name", "engine", "finished_reason"]
