@@ -64,65 +64,6 @@ async def serve(config: NodeConfig, role: Role, stopping: asyncio.Event) -> None
     check_port_is_free(config.host, config.port)
     vocab_size = ModelConfig.load(Path(config.engine.model)).vocab_size
     tokenizer = Tokenizer.load(Path(config.engine.model))
-<<<<<<< Updated upstream
-    async with engine_processes(config, role) as engines:
-        ready = [engine.about for engine in engines]
-        model_id = config.model_id
-        info = EngineInfo(
-            model_id=model_id,
-            max_model_len=min(about.max_model_len for about in ready),
-            vocab_size=model_config.vocab_size,
-            role=role,
-            num_ranks=len(engines),
-            node_id=config.id,
-            block_size=config.engine.block_size,
-            checkpoint=str(config.engine.model),
-        )
-        registry = CollectorRegistry()
-        metrics = NodeMetrics(registry)
-        recompute = config.engine.kv_load_failure_policy == "recompute"
-        client = NodeEngineClient(info, engines, metrics.on_handover, recompute=recompute)
-        join = describe(
-            node_id=config.id,
-            role="prefill" if role == "prefill" else "decode",
-            http_url=config.http_url,
-            model_id=model_id,
-            ranks=ready,
-            bootstrap_port=config.bootstrap_port or 0,
-            local_prefill=role != "prefill",
-            version=info.version,
-        )
-        membership = Membership(config.membership, join, client.ranks, client.release, client.health)
-        for engine in engines:
-            engine.on_epoch = membership.epoch_changed
-        app = build_app(client, tokenizer, config.api, registry)
-        add_cluster_routes(app, membership, client)
-        bootstrap: web.AppRunner | None = None
-        runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0)
-        await runner.setup()
-        try:
-            site = web.TCPSite(runner, config.host, config.port, reuse_address=True, backlog=1024)
-            try:
-                await site.start()
-            except OSError as error:
-                raise ConfigError(f"cannot listen on {config.host}:{config.port}: {error.strerror}") from None
-            if config.bootstrap_port is not None:
-                bootstrap = await serve_table(
-                    config.host, config.bootstrap_port, config.id, lambda: [engine.about for engine in engines]
-                )
-            log.info("serving %s on %s: %d rank(s), max_model_len=%d", model_id, config.http_url, len(engines),
-                     info.max_model_len)  # fmt: skip
-            async with asyncio.TaskGroup() as group:
-                joined = group.create_task(membership.run())
-                await _until_stop_or_death(client, engines, stopping)
-                membership.drain()
-                await _drain(config, client, engines)
-                joined.cancel()
-        finally:
-            if bootstrap is not None:
-                await bootstrap.cleanup()
-            await runner.cleanup()
-=======
     async with contextlib.AsyncExitStack() as stack:
         directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="tandem-"))
         engines = await stack.enter_async_context(engine_processes(config, role, directory))
@@ -157,6 +98,7 @@ def _info(config: NodeConfig, role: Role, engines: Sequence[EngineProcess], voca
         role=role,
         num_ranks=len(engines),
         node_id=config.id,
+        block_size=config.engine.block_size,
         checkpoint=str(config.engine.model),
     )
 
@@ -178,7 +120,6 @@ def _membership(
     for engine in engines:
         engine.on_epoch = membership.epoch_changed
     return membership
->>>>>>> Stashed changes
 
 
 async def _until_stop_or_death(
