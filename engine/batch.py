@@ -115,7 +115,7 @@ class BatchBuilder:
             table[index, len(pages) :] = 0
         self._arena.send()
         feeds = shape is not None or bool((rows.source[:num_decode] >= 0).any())
-        return _step(tensors, num_requests if shape else num_decode, feeds, shape, decode_only=not chunks)
+        return self._step(tensors, num_requests if shape else num_decode, feeds, shape, decode_only=not chunks)
 
     def padding(self, shape: PaddedShape) -> StepBatch:
         """A step of nothing but padding, in the place where every step of that shape is."""
@@ -123,7 +123,7 @@ class BatchBuilder:
         arrays[3][:] = self._counting[: shape.num_requests]
         self._pad(arrays, 0)
         self._arena.send()
-        return _step(tensors, shape.num_requests, True, shape, decode_only=True)
+        return self._step(tensors, shape.num_requests, True, shape, decode_only=True)
 
     def _pad(self, arrays: list[NDArray[np.int64]], num_decode: int) -> None:
         token_ids, positions, source, _, owner, query_start, context_len, slots, table = arrays
@@ -147,6 +147,24 @@ class BatchBuilder:
             scored.extend(start + position - chunk.request.num_computed for position in chunk.scored)
         return np.concatenate((self._counting[:num_decode], np.asarray(sampled + scored, np.int64)))
 
+    def _step(
+        self, tensors: list[Tensor], num_decode: int, feeds: bool, shape: PaddedShape | None, *, decode_only: bool
+    ) -> StepBatch:
+        token_ids, positions, source, logits_rows, owner, query_start, context_len, slots, table = tensors
+        batch = ForwardBatch(
+            token_ids=token_ids,
+            positions=positions,
+            query_start=query_start,
+            context_len=context_len,
+            slot_ids=slots,
+            page_table=table,
+            logits_rows=logits_rows,
+            token_request=owner,
+            one_token_each=decode_only,
+            spare_slot=None if shape is None else self._spare_slot,
+        )
+        return StepBatch(batch, num_decode, source[:num_decode] if feeds else None, shape)
+
 
 def _fields(num_tokens: int, num_requests: int, num_pages: int, num_logits: int) -> list[Field]:
     """token ids, positions, source, logits rows; request of each token, query start, context, slots, page table."""
@@ -161,21 +179,3 @@ def _fields(num_tokens: int, num_requests: int, num_pages: int, num_logits: int)
         Field(torch.int32, (num_requests,)),
         Field(torch.int32, (num_requests, num_pages)),
     ]
-
-
-def _step(
-    tensors: list[Tensor], num_decode: int, feeds: bool, shape: PaddedShape | None, *, decode_only: bool
-) -> StepBatch:
-    token_ids, positions, source, logits_rows, owner, query_start, context_len, slots, table = tensors
-    batch = ForwardBatch(
-        token_ids=token_ids,
-        positions=positions,
-        query_start=query_start,
-        context_len=context_len,
-        slot_ids=slots,
-        page_table=table,
-        logits_rows=logits_rows,
-        token_request=owner,
-        one_token_each=decode_only,
-    )
-    return StepBatch(batch, num_decode, source[:num_decode] if feeds else None, shape)

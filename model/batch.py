@@ -34,6 +34,8 @@ class ForwardBatch:
     """int32 [T]: the request of each token; None: made from query_start."""
     one_token_each: bool = False
     """Every request has exactly one token: a decode step."""
+    spare_slot: int | None = None
+    """Slot of padding requests, in a decode step that is padded; None: there are none."""
 
     def index(self, page_tokens: int) -> BatchIndex:
         """What the attention ops need to know of this batch."""

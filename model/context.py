@@ -19,6 +19,8 @@ class ForwardContext:
     index: BatchIndex
     dtype: torch.dtype
     simulate: bool
+    real_T: Tensor | None = None
+    """bool: not padding; None: no token is."""
 
     def angles(self, frequencies: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin [T, R / 2] of the new tokens; `frequencies` is one of the model's few tables."""

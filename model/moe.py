@@ -65,9 +65,12 @@ class MixtureOfExperts:
         numerics: Numerics,
         counts_E: Tensor | None = None,
     ) -> None:
-        """counts_E: int64, counts the tokens that chose each expert."""
+        """counts_E: int64 [E + 1], counts the tokens that chose each expert, and padding."""
         self._config, self._share, self._parallel, self._counts = config, share, parallel, counts_E
-        self._places = None if share.places is None else torch.tensor(share.places, device=numerics.device)
+        self._nowhere = config.n_routed_experts
+        self._places: Tensor | None = None
+        if share.places is not None:
+            self._places = torch.tensor((*share.places, self._nowhere), device=numerics.device)
         self.gate = Weight(numerics.wide, numerics)
         by_token = config.is_hash_layer(layer)
         self.bias = None if by_token else Weight(torch.float32, numerics)
@@ -97,6 +100,9 @@ class MixtureOfExperts:
             experts, weights = route_by_token(
                 x_TD, self.gate.value, self.tid2eid.value, context.token_ids, config.routed_scaling_factor
             )
+        if context.real_T is not None:
+            # An expert that no rank holds: padding reads no weights.
+            experts = experts.masked_fill(~context.real_T[:, None], self._nowhere)
         if self._counts is not None:
             chosen = experts.flatten()
             self._counts.index_add_(0, chosen, torch.ones_like(chosen))

@@ -118,9 +118,9 @@ class Transformer:
             return tables[compresses]
 
         self.expert_counts: Tensor | None = None
-        """int64 [layers, E], with `count_experts`: tokens since the start."""
+        """int64 [layers, E + 1], with `count_experts`: tokens since the start; the last column counts padding."""
         if count_experts:
-            shape = (config.num_hidden_layers, config.n_routed_experts)
+            shape = (config.num_hidden_layers, config.n_routed_experts + 1)
             self.expert_counts = torch.zeros(shape, dtype=torch.int64, device=self.device)
         self.layers = [
             DecoderLayer(
@@ -161,6 +161,7 @@ class Transformer:
             index=batch.index(state.layout.page_tokens),
             dtype=self.dtype,
             simulate=self._simulate,
+            real_T=None if batch.spare_slot is None else batch.slot_ids != batch.spare_slot,
         )
         streams = self._backbone(batch.token_ids, state, context)[batch.logits_rows]
         collapsed = hyper_head(streams, self.hc_head.weights, self._hyper)
