@@ -48,6 +48,8 @@ COMBINED: dict[str, Callable[[Sequence[bytes]], bytes]] = {
 
 class _FollowUp(msgspec.Struct, frozen=True):
     previous_response_id: Any = None
+    previous_items: msgspec.Raw = msgspec.Raw()
+    """Given by a router that asked for the conversation: then any process can answer."""
 
 
 _decode_follow_up = msgspec.json.Decoder(_FollowUp).decode
@@ -125,9 +127,10 @@ class Siblings:
         if b'"previous_response_id"' not in body:
             return None
         try:
-            return _decode_follow_up(body).previous_response_id
+            follow_up = _decode_follow_up(body)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
             return None
+        return None if bytes(follow_up.previous_items) else follow_up.previous_response_id
 
     async def _forward(self, request: web.Request, owner: int) -> web.StreamResponse:
         """Let `owner` answer. A client that goes away cancels this, which closes the connection to `owner`."""
