@@ -17,6 +17,7 @@ BENCHES = {
     "experts": ("benchmarks.kernels_experts", "run"),
     "attention": ("benchmarks.kernels_attention", "run"),
     "elementwise": ("benchmarks.kernels_elementwise", "run"),
+    "state": ("benchmarks.kernels_state", "run"),
     "gemm": ("benchmarks.kernels_dense", "run_gemm"),
     "hyper": ("benchmarks.kernels_dense", "run_hyper"),
 }

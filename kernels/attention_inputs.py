@@ -57,7 +57,7 @@ def attention_inputs(
     simulate: bool,
 ) -> tuple[Tensor, PackedRows]:
     """query [T, H, D] and row [T, D] in the activation dtype; norm float32 [D]; angles (cos, sin) float32 [T, R / 2].
-    -> (query like the input, chunk)."""
+    -> (query like the input, which may be overwritten; chunk)."""
     if use_triton(query_THD):
         from kernels.triton_attention_inputs import attention_inputs_triton, fits
 

@@ -23,7 +23,7 @@ TILE = 4096
 
 @triton.jit
 def _inputs_kernel(
-    query, row, norm, cos, sin, output, requests, positions, slot_ids,
+    query, row, norm, cos, sin, requests, positions, slot_ids,
     chunk, chunk_wide, chunk_scales, ring, ring_wide, ring_scales, num_heads, eps, stride_query, stride_row,
     stride_chunk, stride_chunk_scales, stride_slot, stride_place, stride_slot_scales, stride_place_scales, scale_bytes,
     HEADS: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr, ROPE: tl.constexpr, WINDOW: tl.constexpr,
@@ -34,12 +34,11 @@ def _inputs_kernel(
     if part + 1 < tl.num_programs(1):
         head = part * HEADS + tl.arange(0, HEADS)
         inside = (head < num_heads)[:, None]
-        x = tl.load(query + token * stride_query + head[:, None] * WIDTH + channel[None, :], mask=inside, other=0.0)
-        x = x.to(tl.float32)
+        place = query + token * stride_query + head[:, None] * WIDTH + channel[None, :]
+        x = tl.load(place, mask=inside, other=0.0).to(tl.float32)
         x = as_activation(x * tl.rsqrt(tl.sum(x * x, axis=1) / WIDTH + eps)[:, None], BF16, INTERPRET)
         x = rotate(x, cos, sin, token, ROPE, False)
-        target = output + (token * num_heads + head[:, None]) * WIDTH + channel[None, :]
-        tl.store(target, to_bf16(x, INTERPRET) if BF16 else x, mask=inside)
+        tl.store(place, to_bf16(x, INTERPRET) if BF16 else x, mask=inside)
     else:
         kv = tl.load(row + token * stride_row + channel).to(tl.float32)
         kv = finish_row(kv, norm, eps, cos, sin, token, WIDTH, ROPE, BF16, INTERPRET)
@@ -49,10 +48,10 @@ def _inputs_kernel(
         )  # fmt: skip
         if INSERT:
             slot = tl.load(slot_ids + tl.load(requests + token)).to(tl.int64)
-            place = tl.load(positions + token) % WINDOW
+            row_place = tl.load(positions + token) % WINDOW
             store_row(
-                kv, ring, ring_wide, ring_scales, slot * stride_slot + place * stride_place,
-                slot * stride_slot_scales + place * stride_place_scales, scale_bytes,
+                kv, ring, ring_wide, ring_scales, slot * stride_slot + row_place * stride_place,
+                slot * stride_slot_scales + row_place * stride_place_scales, scale_bytes,
                 WIDTH, BITS, ROPE, FORMAT, SIMULATE, BF16, INTERPRET,
             )  # fmt: skip
 
@@ -72,19 +71,19 @@ def attention_inputs_triton(
     *,
     simulate: bool,
 ) -> tuple[Tensor, PackedRows]:
-    """kernels.attention_inputs.attention_inputs for heads and rows with contiguous channels."""
+    """kernels.attention_inputs.attention_inputs for contiguous heads and rows with contiguous channels; the query is
+    overwritten."""
     num_tokens, num_heads, width = query_THD.shape
-    output = torch.empty(num_tokens, num_heads, width, dtype=query_THD.dtype, device=query_THD.device)
     chunk = window.like(num_tokens)
     if num_tokens:
         heads = max(1, min(TILE // width, triton.next_power_of_2(num_heads)))
         _, stride_chunk, _, stride_chunk_scales, _ = strides(chunk)
         _inputs_kernel[(num_tokens, triton.cdiv(num_heads, heads) + 1)](
-            query_THD, row_TD, norm_D, *angles, output, index.token_request_T, index.positions_T, index.slot_ids_B,
+            query_THD, row_TD, norm_D, *angles, index.token_request_T, index.positions_T, index.slot_ids_B,
             *views(chunk), *views(window), num_heads, eps, query_THD.stride(0), row_TD.stride(0),
             stride_chunk, stride_chunk_scales, *strides(window),
             HEADS=heads, WIDTH=width, BITS=width.bit_length() - 1, ROPE=window.rope_dim, WINDOW=window.rows,
             FORMAT=FORMATS[window.format], SIMULATE=simulate, INSERT=index.one_token_each,
             BF16=query_THD.dtype == torch.bfloat16, INTERPRET=INTERPRET, num_warps=4,
         )  # fmt: skip
-    return output, chunk
+    return query_THD, chunk

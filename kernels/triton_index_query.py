@@ -25,14 +25,15 @@ ROWS = 64
 
 @triton.jit
 def _query_kernel(
-    query, cos, sin, signs, output, num_heads, stride_query,
+    query, cos, sin, signs, num_heads, stride_query,
     HEADS: tl.constexpr, WIDTH: tl.constexpr, ROPE: tl.constexpr, SIMULATE: tl.constexpr, FP8: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     head, channel = tl.program_id(1) * HEADS + tl.arange(0, HEADS), tl.arange(0, WIDTH)
     inside = (head < num_heads)[:, None]
-    x = tl.load(query + token * stride_query + head[:, None] * WIDTH + channel[None, :], mask=inside, other=0.0)
+    place = query + token * stride_query + head[:, None] * WIDTH + channel[None, :]
+    x = tl.load(place, mask=inside, other=0.0)
     x = as_activation(rotate(x.to(tl.float32), cos, sin, token, ROPE, False), True, INTERPRET)
     if SIMULATE:
         matrix = tl.load(signs + channel[:, None] * WIDTH + channel[None, :])
@@ -44,8 +45,7 @@ def _query_kernel(
         else:
             codes, scale = fp4_codes(tl.reshape(x, (HEADS * WIDTH // 32, 32)))
             x = tl.reshape(fp4_values(codes) * scale[:, None], (HEADS, WIDTH))
-    target = output + (token * num_heads + head[:, None]) * WIDTH + channel[None, :]
-    tl.store(target, to_bf16(x, INTERPRET), mask=inside)
+    tl.store(place, to_bf16(x, INTERPRET), mask=inside)
 
 
 @lru_cache(maxsize=4)
@@ -60,14 +60,13 @@ def fits(query_THD: Tensor, keys: PackedRows) -> bool:
 
 
 def index_query_triton(query_THD: Tensor, angles: tuple[Tensor, Tensor], keys: PackedRows, *, simulate: bool) -> Tensor:
-    """kernels.indexer.index_query for bf16 queries with contiguous heads."""
+    """kernels.indexer.index_query for bf16 queries with contiguous heads, which are overwritten."""
     num_tokens, num_heads, width = query_THD.shape
-    output = torch.empty(num_tokens, num_heads, width, dtype=torch.bfloat16, device=query_THD.device)
     if num_tokens:
         heads = max(16, min(ROWS, triton.next_power_of_2(num_heads)))
         _query_kernel[(num_tokens, triton.cdiv(num_heads, heads))](
-            query_THD, *angles, _signs(width, query_THD.device), output, num_heads, query_THD.stride(0),
+            query_THD, *angles, _signs(width, query_THD.device), num_heads, query_THD.stride(0),
             HEADS=heads, WIDTH=width, ROPE=2 * angles[0].shape[1], SIMULATE=simulate, FP8=keys.format == "key_fp8",
             INTERPRET=INTERPRET, num_warps=4,
         )  # fmt: skip
-    return output
+    return query_THD

@@ -1,8 +1,8 @@
 """The K best-scored entries of every token (specification: kernels.indexer.top_entries_ref, but in ascending order).
 
-T tokens, L entries, of which a token sees the first v. The K-th largest score is found bit by bit: scores become
-integers in the same order, and each of 32 rounds counts how many reach a trial threshold. One scan then gives every
-chosen entry its place; of equal scores the lowest entries are taken. A token that sees at most K entries gets them all,
+T tokens, L entries, of which a token sees the first v. The threshold is found bit by bit: scores become integers
+in the same order, and each round, 32 at most, counts how many reach a trial threshold. One scan then gives every chosen
+entry its place; of equal scores the lowest entries are taken. A token that sees at most K entries gets them all,
 its scores are not read. Output: int32 [T, K], ascending, then -1.
 
 A program holds SEGMENT scores; longer rows are cut into segments, each yields its K best, and a second launch picks
@@ -28,11 +28,20 @@ def _choose(values, numbers, known, output, kept_scores, TOPK: tl.constexpr, KEE
     bits = values.to(tl.uint32, bitcast=True)
     key = tl.where((bits >> 31) != 0, bits ^ 0xFFFFFFFF, bits | 0x80000000)
     key = tl.where(known, key, 0).to(tl.uint32)
-    threshold = tl.full((), 0, tl.uint32)
-    step = tl.full((), 0x80000000, tl.uint32)
-    for _ in range(32):
+    top = tl.max(key, axis=0)
+    span = top ^ tl.min(tl.where(known, key, top), axis=0)
+    for shift in tl.static_range(5):
+        span |= span >> (1 << shift)
+    # All keys agree above the highest bit of the span. Below it the threshold takes every bit that leaves TOPK keys or
+    # more, until it leaves exactly TOPK.
+    threshold = top & (span ^ 0xFFFFFFFF)
+    step = span ^ (span >> 1)
+    count = TOPK + 1
+    while (step != 0) & (count != TOPK):
         trial = threshold | step
-        threshold = tl.where(tl.sum((key >= trial).to(tl.int32), axis=0) >= TOPK, trial, threshold)
+        reach = tl.sum((key >= trial).to(tl.int32), axis=0)
+        threshold = tl.where(reach >= TOPK, trial, threshold)
+        count = tl.where(reach >= TOPK, reach, count)
         step = step >> 1
     above = (key > threshold) & known
     level = (key == threshold) & known
@@ -99,6 +108,11 @@ def _join_kernel(
         _choose(values, numbers, numbers >= 0, output + token * TOPK, candidate_scores, TOPK, False)
 
 
+def _warps(scores: int) -> int:
+    """A power of two: about sixteen scores a thread."""
+    return 4 if scores <= 2048 else 8 if scores <= 4096 else 16
+
+
 def top_entries(
     scores_TL: Tensor, positions_T: Tensor, ratio: int, topk: int, output_TK: Tensor, segment: int = SEGMENT
 ) -> None:
@@ -114,11 +128,11 @@ def top_entries(
     candidate_scores = torch.empty(shape, dtype=torch.float32, device=scores_TL.device)
     _segment_kernel[(num_tokens, segments)](
         scores_TL, positions_T, output_TK, candidates, candidate_scores, ratio, scores_TL.stride(0), TOPK=topk,
-        BLOCK=block, SMALL=min(SMALL, block), SEGMENTS=segments, num_warps=4 if block <= SMALL else 8,
+        BLOCK=block, SMALL=min(SMALL, block), SEGMENTS=segments, num_warps=_warps(block),
     )  # fmt: skip
     if segments > 1:
         count = segments * topk
         _join_kernel[(num_tokens,)](
             candidates, candidate_scores, positions_T, output_TK, ratio, block, TOPK=topk, COUNT=count,
-            BLOCK=triton.next_power_of_2(count), num_warps=8,
+            BLOCK=triton.next_power_of_2(count), num_warps=_warps(count),
         )  # fmt: skip

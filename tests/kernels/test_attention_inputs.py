@@ -26,7 +26,7 @@ def _run(device, requests, *, heads, width, form, dtype, simulate, window=16):
     ring = pool(len(requests) + 1, window, width, form, 64)
     got_ring = pool_copy(ring, device)
     got = attention_inputs_triton(
-        query.to(device), row.to(device), norm.to(device), (angles[0].to(device), angles[1].to(device)), 1e-6,
+        query.clone().to(device), row.to(device), norm.to(device), (angles[0].to(device), angles[1].to(device)), 1e-6,
         got_ring, moved(index, device), simulate=simulate,
     )  # fmt: skip
     expected = attention_inputs_ref(query, row, norm, angles, 1e-6, ring, index, simulate=simulate)

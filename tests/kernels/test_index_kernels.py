@@ -33,7 +33,7 @@ def test_queries_are_rotated_transformed_and_rounded_like_keys(device, tokens, h
     angles = rope_angles(torch.arange(tokens) * 77, 10000.0 ** -(torch.arange(16) / 16))
     keys = pool(1, 1, width, form, 0)
     on_device = (angles[0].to(device), angles[1].to(device))
-    got = index_query_triton(query.to(device), on_device, keys, simulate=simulate).cpu()
+    got = index_query_triton(query.clone().to(device), on_device, keys, simulate=simulate).cpu()
     expected = index_query_ref(query.clone(), angles, keys, simulate=simulate)
     assert got.shape == expected.shape
     if tokens:
