@@ -2,10 +2,12 @@
 
 from collections.abc import Sequence
 
-from api.metrics import COUNTERS, GAUGES, PREFIXES
+from api.metrics import COUNTERS, ENGINE_HISTOGRAMS, GAUGES, PREFIXES
 
 _OF_THE_NODE = frozenset(
-    prefix + name for prefix in PREFIXES for name in (*GAUGES, *(f"{counter}_total" for counter in COUNTERS))
+    prefix + name
+    for prefix in PREFIXES
+    for name in (*GAUGES, *(f"{counter}_total" for counter in COUNTERS), *ENGINE_HISTOGRAMS)
 )
 """Families that every process reports for the whole node, from what the engine ranks told all of them."""
 

@@ -9,6 +9,7 @@ from node.engine_client import NodeEngineClient
 from node.engine_link import EngineLink
 from node.metrics_sum import sum_expositions
 from runtime.channel import ChannelAddress
+from runtime.histogram import REQUEST_SECONDS, HistogramCounts
 from runtime.requests import EngineStats
 
 
@@ -18,7 +19,8 @@ def exposition(process: int) -> bytes:
     info = EngineInfo(model_id="m", max_model_len=10, vocab_size=10, role="standalone", process=process)
     link = EngineLink(ChannelAddress("unused", 0, 2), process)
     metrics = ApiMetrics(NodeEngineClient(info, [link], lambda _: None, recompute=False), "m", registry)
-    link.receive(EngineStats(rank=0, running=5, generated_tokens=100))
+    queue_time = HistogramCounts((1, 2, *[0] * (len(REQUEST_SECONDS) - 1)), total=0.5)
+    link.receive(EngineStats(rank=0, running=5, generated_tokens=100, queue_time=queue_time))
     metrics.observe("time_to_first_token_seconds", 0, 0.02 * (process + 1))
     metrics.finished(0, "stop")
     metrics.http_requests.labels("GET", "/health" if process else "/metrics", "200").inc(3)
@@ -39,6 +41,8 @@ def test_counts_are_added_and_what_is_known_to_all_is_not() -> None:
     rank = {"model_name": "m", "engine": "0"}
     assert value("tandem_num_requests_running", **rank) == 5
     assert value("vllm:generation_tokens_total", **rank) == 100
+    assert value("vllm:request_queue_time_seconds_sum", **rank) == 0.5
+    assert value("tandem_request_queue_time_seconds_count", **rank) == 3
     assert value("tandem_request_success_total", **rank, finished_reason="stop") == 2
     assert value("vllm:time_to_first_token_seconds_count", **rank) == 2
     assert value("vllm:time_to_first_token_seconds_bucket", **rank, le="0.025") == 1
