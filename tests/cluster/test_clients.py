@@ -78,6 +78,41 @@ async def test_the_three_modes_through_the_official_client(cluster: Cluster) -> 
 
 CHAT: dict[str, Any] = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
 
+
+async def test_a_conversation_is_kept_continued_and_forgotten(cluster: Cluster) -> None:
+    async with openai.AsyncOpenAI(base_url=f"{cluster.url}/v1", api_key="EMPTY", max_retries=0) as client:
+        asked: Any = {"model": MODEL, "max_output_tokens": 6, "temperature": 0.0, "reasoning": {"effort": "none"}}
+        first = await client.responses.create(input="What is 17*19?", **asked)
+        second = await client.responses.create(input="Why?", previous_response_id=first.id, **asked)
+        items: list[Any] = [{"role": "user", "content": "What is 17*19?"}]
+        items += [item.model_dump() for item in first.output]
+        items.append({"role": "user", "content": "Why?"})
+        same = await client.responses.create(input=items, store=False, **asked)
+        assert first.usage is not None
+        assert second.usage is not None
+        assert same.usage is not None
+        assert second.output_text == same.output_text
+        assert second.usage.input_tokens == same.usage.input_tokens > first.usage.input_tokens
+        assert (await client.responses.retrieve(second.id)).output_text == second.output_text
+        await client.responses.delete(first.id)
+        with pytest.raises(openai.NotFoundError):
+            await client.responses.create(input="?", previous_response_id=first.id, **asked)
+
+
+@pytest.mark.parametrize("budget", [0, 5])
+async def test_a_thinking_budget_bounds_the_reasoning_on_both_legs(cluster: Cluster, budget: int) -> None:
+    async with openai.AsyncOpenAI(base_url=f"{cluster.url}/v1", api_key="EMPTY", max_retries=0) as client:
+        asked: Any = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 12}
+        answer = await client.chat.completions.create(
+            **asked, temperature=0.0, extra_body={"ignore_eos": True, "thinking_token_budget": budget}
+        )
+        assert answer.usage is not None
+        assert answer.usage.completion_tokens_details is not None
+        assert answer.usage.completion_tokens_details.reasoning_tokens == budget
+        assert answer.usage.completion_tokens == 12
+        assert answer.choices[0].message.content
+
+
 BAD_INPUT: dict[str, tuple[str, bytes | dict[str, Any], str | None]] = {
     "malformed JSON": ("chat/completions", b'{"model": "tiny-v4", "messages": [', None),
     "not an object": ("chat/completions", b"[]", None),

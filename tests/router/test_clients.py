@@ -20,7 +20,7 @@ class Point(BaseModel):
     x: int
 
 
-class get_weather(BaseModel):  # noqa: N801 - the tool's name
+class get_weather(BaseModel):
     city: str
     days: int
 
