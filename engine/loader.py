@@ -10,18 +10,18 @@ import msgspec
 import torch
 from torch import Tensor
 
+from engine.activations import activation_bytes
 from engine.config import EngineConfig
+from engine.decode_graphs import auto_sizes
+from engine.dummy_weights import load_dummy_weights
 from engine.intake import EngineShape
 from engine.memory import StateMemory, plan_pools, state_budget
-from kernels.quantize import quantize_fp4, quantize_fp8_tiles
 from model.batch import ForwardBatch
 from model.checkpoint import load_weights
-from model.config import EXPERT_GROUP, QUANT_TILE, ModelConfig
-from model.inventory import inventory
+from model.config import ModelConfig
 from model.lm_head import HeadParallel
 from model.moe import ExpertParallel
 from model.placement import ExpertShare
-from model.random_weights import random_weight
 from model.state import StateViews
 from model.state_layout import IndexFormat, RowFormat, StateLayout, build_state_layout
 from model.transformer import Transformer
@@ -92,24 +92,36 @@ def load_rank(
     device = torch.device(config.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    model = Transformer(
-        model_config,
-        dtype=_DTYPES[config.dtype],
-        numerics=config.numerics,
-        experts=sharing.experts if sharing is not None else None,
-        expert_parallel=sharing.exchange if sharing is not None else None,
-        head_parallel=sharing.head if sharing is not None else None,
-        count_experts=count_experts,
-        device=device,
-        packed_weights=device.type == "cuda" and config.numerics == "released",
-    )
-    if config.load_format == "dummy":
-        _load_dummy(model, model_config, config.seed)
-    else:
-        load_weights(config.model, model, progress=progress)
-    sizes = plan_pools(
-        config, model_config, layout, holds_states=holds_states, budget_bytes=state_budget(config, device)
-    )
+    try:
+        model = Transformer(
+            model_config,
+            dtype=_DTYPES[config.dtype],
+            numerics=config.numerics,
+            experts=sharing.experts if sharing is not None else None,
+            expert_parallel=sharing.exchange if sharing is not None else None,
+            head_parallel=sharing.head if sharing is not None else None,
+            count_experts=count_experts,
+            device=device,
+            packed_weights=device.type == "cuda" and config.numerics == "released",
+        )
+        if config.load_format == "dummy":
+            load_dummy_weights(model, model_config, config.seed)
+        else:
+            load_weights(config.model, model, progress=progress)
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(
+            f"the weights do not fit on {device}: share the experts over more ranks (data_parallel_size with "
+            f"enable_expert_parallel) or choose a larger device ({error})"
+        ) from error
+    # What a step needs depends on the longest request, and how long that may be on what a step needs: begin high.
+    reserve = 0
+    if device.type == "cuda" and config.kv_cache_memory_bytes is None and config.num_pages == "auto":
+        roomy = plan_pools(
+            config, model_config, layout, holds_states=holds_states, budget_bytes=state_budget(config, device)
+        )
+        reserve = activation_bytes(model, layout, config, roomy.max_model_len)
+    budget = state_budget(config, device, reserve)
+    sizes = plan_pools(config, model_config, layout, holds_states=holds_states, budget_bytes=budget)
     memory = StateMemory.allocate(sizes, layout, device)
     config = msgspec.structs.replace(config, num_pages=sizes.num_pages, max_model_len=sizes.max_model_len)
     shape = EngineShape(
@@ -122,9 +134,10 @@ def load_rank(
         chunk_alignment=max(1, *model_config.compress_ratios),
     )
     log.info(
-        "loaded in %.1f s on %s: %d pages of %d B (%d tokens each), %d slots of %d B, max_model_len=%d",
-        time.monotonic() - started, device, sizes.num_pages, layout.page_bytes, layout.page_tokens, sizes.num_slots,
-        layout.slot_bytes, sizes.max_model_len,
+        "loaded in %.1f s on %s, %.2f GiB kept for steps: %d pages of %d B (%d tokens each), %d slots of %d B, "
+        "max_model_len=%d",
+        time.monotonic() - started, device, reserve / 2**30, sizes.num_pages, layout.page_bytes,
+        layout.page_tokens, sizes.num_slots, layout.slot_bytes, sizes.max_model_len,
     )  # fmt: skip
     state = StateViews(layout, memory.pages, memory.slots)
     return LoadedRank(config, model_config, layout, memory, shape, device, model, state)
@@ -143,8 +156,15 @@ def resolve(config: EngineConfig, rank: int) -> EngineConfig:
     dtype = ("bfloat16" if on_gpu else "float32") if config.dtype == "auto" else config.dtype
     wide: Literal["bf16", "f32"] = "f32" if dtype == "float32" else "bf16"
     released = config.numerics == "released"
+    sizes = config.cudagraph_capture_sizes
+    if config.enforce_eager or (sizes == "auto" and not on_gpu):
+        sizes = ()
+    elif sizes == "auto":
+        sizes = auto_sizes(config.max_num_seqs)
     return msgspec.structs.replace(
         config,
+        async_scheduling=("on" if on_gpu else "off") if config.async_scheduling == "auto" else config.async_scheduling,
+        cudagraph_capture_sizes=sizes,
         device=device,
         dtype=dtype,
         kv_cache_dtype=("fp8" if released else wide) if config.kv_cache_dtype == "auto" else config.kv_cache_dtype,
@@ -172,22 +192,6 @@ def eos_ids(directory: Path, model_config: ModelConfig) -> tuple[int, ...]:
 
 class _GenerationConfig(msgspec.Struct, frozen=True):
     eos_token_id: int | tuple[int, ...] | None = None
-
-
-def _load_dummy(model: Transformer, config: ModelConfig, seed: int) -> None:
-    """Seeded random weights, quantised as a checkpoint would hold them."""
-    specs = {spec.name: spec for spec in inventory(config)}
-    for name, holder in model.holders().items():
-        spec = specs[name]
-        value = random_weight(spec, config, seed)
-        if spec.dtype == "F8_E4M3":
-            codes, scales = quantize_fp8_tiles(value, QUANT_TILE)
-            holder.load(codes.view(torch.float8_e4m3fn), scales.view(torch.float8_e8m0fnu))
-        elif spec.dtype == "I8":
-            codes, scales = quantize_fp4(value, EXPERT_GROUP)
-            holder.load(codes.view(torch.int8), scales.view(torch.float8_e8m0fnu))
-        else:
-            holder.load(value, None)
 
 
 def _known(row_format: Literal["auto", "fp8", "bf16", "f32"]) -> RowFormat:

@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 _CPU_SHARE = 0.25
 """Part of the machine's free memory that state takes when no number is configured: others run here too."""
 _GPU_RESERVE = 2 << 30
-"""Bytes kept for the context, communicators, workspaces of libraries and captured graphs."""
+"""Bytes kept for communicators, workspaces of libraries and captured graphs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,20 +37,21 @@ class StateMemory:
     pages: Tensor
     """uint8 [num_pages, page_bytes], contiguous."""
     slots: Tensor
-    """uint8 [num_slots, slot_bytes], contiguous."""
+    """uint8 [num_slots + 1, slot_bytes], contiguous. The last one is spare: padding writes there."""
 
     @classmethod
     def allocate(cls, sizes: PoolSizes, layout: StateLayout, device: torch.device) -> "StateMemory":
         """Raises ConfigError naming what to lower when the device has no room."""
-        wanted = sizes.num_pages * layout.page_bytes + sizes.num_slots * layout.slot_bytes
+        num_slots = sizes.num_slots + 1
+        wanted = sizes.num_pages * layout.page_bytes + num_slots * layout.slot_bytes
         try:
             return cls(
                 pages=torch.empty((sizes.num_pages, layout.page_bytes), dtype=torch.uint8, device=device),
-                slots=torch.empty((sizes.num_slots, layout.slot_bytes), dtype=torch.uint8, device=device),
+                slots=torch.empty((num_slots, layout.slot_bytes), dtype=torch.uint8, device=device),
             )
         except (torch.OutOfMemoryError, RuntimeError) as error:
             raise ConfigError(
-                f"no room on {device} for {sizes.num_pages} pages of {layout.page_bytes} B and {sizes.num_slots} slots "
+                f"no room on {device} for {sizes.num_pages} pages of {layout.page_bytes} B and {num_slots} slots "
                 f"of {layout.slot_bytes} B ({_gib(wanted)}): lower engine.num_pages, gpu_memory_utilization or "
                 f"max_num_seqs ({error})"
             ) from error
@@ -72,12 +73,13 @@ def plan_pools(
     if config.num_pages != "auto":
         num_pages = config.num_pages
     else:
-        left = budget_bytes - num_slots * layout.slot_bytes
+        left = budget_bytes - (num_slots + 1) * layout.slot_bytes
         num_pages = left // layout.page_bytes
         if num_pages < 1:
             raise ConfigError(
                 f"{_gib(budget_bytes)} for state do not hold {num_slots} slots of {layout.slot_bytes} B and one page "
-                f"of {layout.page_bytes} B: raise engine.kv_cache_memory_bytes or lower engine.max_num_seqs"
+                f"of {layout.page_bytes} B: raise engine.kv_cache_memory_bytes or engine.gpu_memory_utilization, or "
+                f"lower engine.max_num_seqs or engine.max_num_batched_tokens"
             )
         num_pages = min(num_pages, num_slots * layout.pages_for(wanted_len))
     if config.max_model_len != "auto":
@@ -96,13 +98,15 @@ def plan_pools(
     return PoolSizes(num_pages=num_pages, num_slots=num_slots, max_model_len=max_model_len)
 
 
-def state_budget(config: EngineConfig, device: torch.device) -> int:
-    """Bytes for pages and slots, given what is in use now; call it when the weights are loaded."""
+def state_budget(config: EngineConfig, device: torch.device, activation_bytes: int = 0) -> int:
+    """Bytes for pages and slots, given what is in use now; call it when the weights are loaded.
+
+    activation_bytes: what a step needs on a GPU, where state takes all that is left."""
     if config.kv_cache_memory_bytes is not None:
         return config.kv_cache_memory_bytes
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
-        return int(free - (1 - config.gpu_memory_utilization) * total) - _GPU_RESERVE
+        return int(free - (1 - config.gpu_memory_utilization) * total) - _GPU_RESERVE - activation_bytes
     return int(_available_host_bytes() * _CPU_SHARE)
 
 

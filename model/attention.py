@@ -9,7 +9,6 @@ from torch import Tensor
 
 from kernels.attention_inputs import attention_inputs
 from kernels.grouped_output import grouped_output
-from kernels.indexer import all_entries
 from kernels.rms_norm import rms_norm
 from kernels.rope import rope
 from kernels.sparse_attention import sparse_attention
@@ -88,7 +87,7 @@ class Attention:
         return self.wo_b(grouped_output(output.reshape(-1, config.o_groups, groups.shape[2]), groups))
 
     def _compress(self, x_TD: Tensor, latent_TR: Tensor, state: LayerState, context: ForwardContext) -> Tensor | None:
-        """Advances the layer's compressed state; -> the entries each token attends to."""
+        """Advances the layer's compressed state; -> the entries each token attends to, None = all it can see."""
         if self.projections is None:
             return None
         projected = self.projections(x_TD)
@@ -100,4 +99,4 @@ class Attention:
         assert self.pending_compressor is not None
         assert state.pending is not None
         self.pending_compressor(projected, state.pending, state.entries, context)
-        return all_entries(context.index, self._ratio)
+        return None

@@ -60,11 +60,11 @@ class Weight:
     value: Tensor
 
     def __init__(self, dtype: torch.dtype, numerics: Numerics) -> None:
-        self._dtype, self._device = dtype, numerics.device
+        self.dtype, self._device = dtype, numerics.device
 
     def load(self, weight: Tensor, scale: Tensor | None) -> None:
         scale = None if scale is None else scale.to(self._device)
-        self.value = dequantize(weight.to(self._device), scale).to(self._dtype)
+        self.value = dequantize(weight.to(self._device), scale).to(self.dtype)
 
 
 class HyperScale(Weight):

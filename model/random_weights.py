@@ -18,21 +18,21 @@ LOGIT_SCALE = 3.0
 """Standard deviation of the logits, roughly: sampling differs from greedy, greedy does not repeat one token."""
 
 
-def random_weight(spec: TensorSpec, config: ModelConfig, seed: int) -> Tensor:
+def random_weight(spec: TensorSpec, config: ModelConfig, seed: int, device: torch.device | str = "cpu") -> Tensor:
     """The values of one weight (not a scale) before quantisation: float32, or int64 for tid2eid.
 
-    Packed FP4 weights come unpacked, [out, in]."""
+    Packed FP4 weights come unpacked, [out, in]. They are drawn on `device`, and each kind draws other numbers."""
     digest = hashlib.blake2b(f"{seed}:{spec.name}".encode(), digest_size=8).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+    generator = torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
     shape = (*spec.shape[:-1], 2 * spec.shape[-1]) if spec.dtype == "I8" else spec.shape
     leaf = spec.name.rpartition(".")[2]
     owner = spec.name.split(".")[-2] if "." in spec.name else ""
 
     def normal(std: float) -> Tensor:
-        return torch.randn(shape, generator=generator) * std
+        return torch.randn(shape, generator=generator, device=device) * std
 
     if leaf == "tid2eid":
-        return torch.rand(shape[0], config.n_routed_experts, generator=generator).topk(shape[1]).indices
+        return torch.rand(shape[0], config.n_routed_experts, generator=generator, device=device).topk(shape[1]).indices
     if "norm" in owner:
         return 1 + normal(0.1)
     if leaf.endswith("_scale"):

@@ -123,10 +123,11 @@ def test_every_auto_is_resolved_to_what_runs(tiny_checkpoint):
     loaded = load_rank(EngineConfig(model=str(tiny_checkpoint), kv_cache_memory_bytes=1 << 26), holds_states=False)
     settings = loaded.config
     assert "auto" not in (settings.device, settings.dtype, settings.kv_cache_dtype, settings.index_cache_dtype)
+    assert (settings.async_scheduling, settings.cudagraph_capture_sizes) == ("off", ())
     assert settings.num_pages == loaded.memory.pages.shape[0] == loaded.shape.num_pages
     assert settings.max_model_len == loaded.shape.max_model_len <= loaded.model_config.max_position_embeddings
     assert loaded.memory.pages.shape[1] == loaded.layout.page_bytes
-    assert loaded.memory.slots.shape == (settings.max_num_seqs, loaded.layout.slot_bytes)
+    assert loaded.memory.slots.shape == (settings.max_num_seqs + 1, loaded.layout.slot_bytes)
     assert loaded.shape.eos_ids == (loaded.model_config.eos_token_id,)
 
 

@@ -29,7 +29,7 @@ def test_held_states_have_slots_of_their_own():
 
 
 def test_pages_fill_the_budget_that_slots_leave():
-    budget = 4 * LAYOUT.slot_bytes + 50 * LAYOUT.page_bytes + 1
+    budget = (4 + 1) * LAYOUT.slot_bytes + 50 * LAYOUT.page_bytes + 1
     assert plan(budget).num_pages == 50
 
 
@@ -66,7 +66,7 @@ def test_flash_fits_an_h200_as_documented():
 
 def test_memory_has_the_shape_the_transfer_is_told():
     memory = StateMemory.allocate(PoolSizes(5, 3, 100), LAYOUT, torch.device("cpu"))
-    assert (memory.pages.shape, memory.slots.shape) == ((5, LAYOUT.page_bytes), (3, LAYOUT.slot_bytes))
+    assert (memory.pages.shape, memory.slots.shape) == ((5, LAYOUT.page_bytes), (3 + 1, LAYOUT.slot_bytes))
     assert memory.pages.is_contiguous()
     assert memory.pages.dtype == memory.slots.dtype == torch.uint8
 

@@ -1,0 +1,171 @@
+"""Decode steps and prefill chunks of one rank of DP4+EP4 on one GPU, at Flash's full width.
+
+    python -m benchmarks.gpu_step [--layers 43] [--batches 256,64,512] [--context 8192] [--chunk 16384]
+                                  [--profile DIR] [--deadline-s 600]
+
+64 local experts see the traffic of four ranks; communication is left out. Weights are random, states are random bytes
+near zero. "step": wall clock per step of the real engine, which schedules one step ahead; "graph" and "head": device
+time of the captured step and of what follows it, head and greedy sampling; "idle": what of a step neither explains.
+Bound and peers are the issue's, for 43 layers; other layer counts are compared with their share of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.gpu_rank import PAGE_TOKENS, Rank, build_rank, drop_all, first_layers, seconds, start_decoding
+from engine.batch import PaddedShape
+from engine.engine import Engine
+from engine.memory import PoolSizes
+from model.presets import flash
+from runtime.requests import SamplingParams, Submit
+
+RANKS = 4
+LAYERS = 43
+DECODE = {64: (11.2, 17.1, 20.0), 256: (14.0, 25.0, 29.0), 512: (19.4, 36.5, 42.0)}
+"""Batch -> bound, sum of the best peers' kernels, floor to reach: milliseconds on an H200."""
+PREFILL = (415.0, 656.0, 800.0)
+STEPS = 12
+TOP = 28
+"""Kernels listed of a profile."""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--layers", type=int, default=LAYERS)
+    parser.add_argument("--batches", default="256,64,512")
+    parser.add_argument("--context", type=int, default=8192)
+    parser.add_argument("--chunk", type=int, default=16384, help="0 = no prefill")
+    parser.add_argument("--profile", type=Path, help="directory for kernel tables")
+    parser.add_argument("--deadline-s", type=float, default=600.0, help="begin nothing new after this long")
+    arguments = parser.parse_args()
+    started = time.monotonic()
+    batches = [int(part) for part in arguments.batches.split(",") if part]
+    rank = _build(arguments.layers, batches, arguments.context, arguments.chunk)
+    free, total = torch.cuda.mem_get_info()
+    used = (total - free) / 2**30
+    print(f"{torch.cuda.get_device_name()}: {arguments.layers} layers built in {time.monotonic() - started:.1f} s, "
+          f"{used:.1f} of {total / 2**30:.1f} GiB in use", flush=True)  # fmt: skip
+    share = arguments.layers / LAYERS
+    print(
+        "| what | step ms | graph | head | idle | bound | of bound | peers | reach |\n" + "|---" * 9 + "|", flush=True
+    )
+    for batch in batches:
+        if time.monotonic() - started > arguments.deadline_s:
+            print(f"| decode {batch} | not begun: past the deadline |", flush=True)
+            continue
+        _decode(rank, batch, arguments.context, share, arguments.profile)
+    if arguments.chunk and time.monotonic() - started <= arguments.deadline_s:
+        _prefill(rank, arguments.chunk, share, arguments.profile)
+    print(f"done after {time.monotonic() - started:.1f} s", flush=True)
+    return 0
+
+
+def _build(layers: int, batches: list[int], context: int, chunk: int) -> Rank:
+    most = max(batches, default=1)
+    length = max(context + PAGE_TOKENS, chunk + PAGE_TOKENS)
+    pages = max(most * (context // PAGE_TOKENS + 2), chunk // PAGE_TOKENS + 2) + 8
+    sizes = PoolSizes(num_pages=pages, num_slots=most, max_model_len=length)
+    return build_rank(first_layers(flash(), layers), sizes, "cuda:0", ranks=RANKS)
+
+
+def _line(what: str, ms: float, parts: str, anchors: tuple[float, float, float], share: float) -> None:
+    bound, peers, reach = (share * value for value in anchors)
+    print(f"| {what} | {ms:.2f} | {parts} | {bound:.1f} | {bound / ms:.0%} | {peers:.1f} | {reach:.1f} |", flush=True)
+
+
+def _decode(rank: Rank, batch: int, context: int, share: float, directory: Path | None) -> None:
+    began = time.monotonic()
+    engine = rank.engine(max_num_seqs=batch, async_scheduling="on", cudagraph_capture_sizes=(batch,))
+    captured_s = time.monotonic() - began
+    start_decoding(engine, batch, context)
+    _steps(engine, 4)
+    step_ms = 1e3 * seconds(lambda: _steps(engine, STEPS), rank.device) / STEPS
+    shape = PaddedShape(batch, -(-(context + PAGE_TOKENS) // PAGE_TOKENS))
+    graphs = engine._graphs
+    assert graphs is not None
+    replayed = graphs.shape_for(*shape)
+    assert replayed is not None
+    graph_ms = _event_ms(lambda: graphs.replay(replayed))
+    features = graphs.replay(replayed)
+    head_ms = _event_ms(lambda: rank.model.logits(features).max(-1))
+    idle = max(0.0, 1 - (graph_ms + head_ms) / step_ms)
+    parts = f"{graph_ms:.2f} | {head_ms:.2f} | {idle:.1%}"
+    _line(f"decode {batch}, {context} tokens each", step_ms, parts, DECODE.get(batch, (0.0, 0.0, 0.0)), share)
+    print(f"  (captured in {captured_s:.1f} s)", flush=True)
+    if directory is not None:
+        _profile(lambda: graphs.replay(replayed), directory / f"decode-{batch}.txt")
+    drop_all(engine, batch)
+
+
+def _steps(engine: Engine, count: int) -> None:
+    for _ in range(count):
+        engine.step()
+
+
+def _event_ms(call: object, repeats: int = 8) -> float:
+    assert callable(call)
+    start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    with torch.inference_mode():
+        call()
+        start.record()
+        for _ in range(repeats):
+            call()
+        stop.record()
+    torch.cuda.synchronize()
+    return float(start.elapsed_time(stop)) / repeats
+
+
+def _prefill(rank: Rank, chunk: int, share: float, directory: Path | None) -> None:
+    engine = rank.engine(max_num_seqs=1, max_num_batched_tokens=chunk, async_scheduling="on")
+
+    def run() -> None:
+        engine.submit(
+            Submit(
+                request_id="p", prompt_ids=tuple(10 + token % 100_000 for token in range(chunk)),
+                sampling=SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True),
+            )
+        )  # fmt: skip
+        while engine.has_work:
+            for message in engine.step():
+                print(f"  {message}"[:160], flush=True) if "Failed" in type(message).__name__ else None
+
+    warm_ms = 1e3 * seconds(run, rank.device)
+    ms = min(1e3 * seconds(run, rank.device) for _ in range(2))
+    _line(f"prefill {chunk} ({chunk / ms:.1f}k tok/s; first {warm_ms:.0f} ms)", ms, " | | ", PREFILL, share)
+    if directory is not None:
+        _profile(run, directory / f"prefill-{chunk}.txt")
+
+
+def _profile(call: object, path: Path) -> None:
+    """The kernels that take the time, and for how much of it the device ran none."""
+    assert callable(call)
+    with torch.inference_mode(), profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as recorded:
+        call()
+        torch.cuda.synchronize()
+    spent: dict[str, tuple[float, int]] = {}
+    spans: list[tuple[float, float]] = []
+    for event in recorded.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            us, count = spent.get(event.name, (0.0, 0))
+            spent[event.name] = (us + event.time_range.elapsed_us(), count + 1)
+            spans.append((event.time_range.start, event.time_range.end))
+    total = sum(us for us, _ in spent.values())
+    wall = max((end for _, end in spans), default=0.0) - min((start for start, _ in spans), default=0.0)
+    lines = [
+        f"{path.stem}: {len(spans)} launches, {total / 1e3:.2f} ms in kernels, {wall / 1e3:.2f} ms from first to last"
+    ]
+    for name, (us, count) in sorted(spent.items(), key=lambda item: -item[1][0])[:TOP]:
+        lines.append(f"  {us / 1e3:9.3f} ms {count:6d} x {us / count:8.1f} us  {name[:90]}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(lines) + "\n")
+    print("\n".join(lines), flush=True)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
