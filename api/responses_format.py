@@ -12,7 +12,8 @@ from api.logprobs import TokenNames, chat_logprobs
 from api.parse_events import ContentDelta, Event, ReasoningDelta, ToolArgumentsDelta, ToolCallStart
 from api.reader import Reader
 from api.responses_request import functions_of
-from api.responses_schema import LOGPROBS, ResponsesBody
+from api.responses_schema import LOGPROBS, SEALED_REASONING, ResponsesBody
+from api.sealed_reasoning import seal
 from api.text_output import Piece
 from runtime.requests import Tokens
 
@@ -87,8 +88,10 @@ def _without_nulls(struct: msgspec.Struct) -> dict[str, Any]:
 class ResponsesItems:
     """The output items of one response, of which one is open at a time, and the events that build them."""
 
-    def __init__(self, response_id: str) -> None:
+    def __init__(self, response_id: str, *, seals: bool = False) -> None:
+        """`seals`: reasoning items come with their text sealed, too."""
         self._id = response_id.partition("_")[2] or response_id
+        self._seals = seals
         self.items: list[dict[str, Any]] = []
         self._text: list[str] = []
         self._logprobs: list[dict[str, Any]] = []
@@ -162,6 +165,8 @@ class ResponsesItems:
                 item["phase"] = phase
                 yield self._event("response.output_text.done", content_index=0, text=text, logprobs=part["logprobs"])
             else:
+                if self._seals:
+                    item["encrypted_content"] = seal(text)
                 yield self._event("response.reasoning_text.done", content_index=0, text=text)
             yield self._event("response.content_part.done", content_index=0, part=part)
         yield {"type": "response.output_item.done", "item": item, "output_index": len(self.items) - 1}
@@ -174,7 +179,8 @@ class ResponsesResponse:
         self._reader = reader
         self._shape = shape
         self._keep = keep
-        self._items = ResponsesItems(shape.response_id)
+        seals = SEALED_REASONING in (shape.body.include or ())
+        self._items = ResponsesItems(shape.response_id, seals=seals)
         self._number = FIRST_EVENTS
         self._finish_reason: str | None = None
 

@@ -18,6 +18,7 @@ from api.schema import (
     StreamOptions,
     Tool,
 )
+from api.sealed_reasoning import unseal
 from runtime.errors import RequestError
 
 HOSTED_TOOLS = frozenset(
@@ -26,6 +27,10 @@ HOSTED_TOOLS = frozenset(
      "web_search_preview_2025_03_11")
 )  # fmt: skip
 """Tools that OpenAI's servers or clients know how to run. This model does not, so it is not shown them."""
+HOSTED_CALLS = frozenset(
+    ("code_interpreter_call", "file_search_call", "image_generation_call", "mcp_list_tools", "web_search_call")
+)
+"""What such tools left in a conversation. It says nothing to this model."""
 
 
 class Conversation:
@@ -61,7 +66,7 @@ class Conversation:
         elif kind == "function_call_output":
             output = content_text(item.get("output"), f"{where}.output")
             self._add({"role": "tool", "tool_call_id": item.get("call_id"), "content": output}, where)
-        else:
+        elif not isinstance(kind, str) or kind not in HOSTED_CALLS:
             raise RequestError(f"{where}.type: items of this type are not supported", param=f"{where}.type")
 
     def _turn(self, where: str) -> dict[str, Any]:
@@ -81,12 +86,12 @@ def _tool_call(item: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def _reasoning_text(item: dict[str, Any], where: str) -> str:
-    """The text of a reasoning item; one that only has a summary or encrypted content says nothing to this model."""
+    """The text of a reasoning item; one that has only a summary says nothing to this model."""
     content = item.get("content") or []
     if not isinstance(content, list):
         raise RequestError(f"{where}.content: must be a list", param=f"{where}.content")
     texts = [part.get("text") for part in content if isinstance(part, dict)]
-    return "\n\n".join(text for text in texts if isinstance(text, str))
+    return "\n\n".join(text for text in texts if isinstance(text, str)) or unseal(item.get("encrypted_content"))
 
 
 def input_items(given: str | Items) -> Items:

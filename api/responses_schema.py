@@ -6,6 +6,8 @@ import msgspec
 
 from api.schema import KvTransferParams
 
+SEALED_REASONING = "reasoning.encrypted_content"
+"""The member of `include` that asks for reasoning in a form that can be sent back without the text."""
 LOGPROBS = "message.output_text.logprobs"
 """The member of `include` that asks for the log-probabilities of the text."""
 

@@ -221,6 +221,8 @@ async def test_a_failure_in_the_middle_is_an_event(server: Server) -> None:
         ({"input": [{"type": "item_reference", "id": "x"}]}, "input"),
         ({"input": [{"type": "function_call_output", "call_id": "x"}]}, "input"),
         ({"input": [{"role": "assistant"}]}, "input"),
+        ({"input": [{"type": [], "role": "user", "content": "x"}]}, "input"),
+        ({"input": [{"type": "message", "role": {}, "content": "x"}]}, "input"),
         ({"input": [{"type": "reasoning", "content": 5}, {"role": "user", "content": "x"}]}, "input"),
         ({"max_output_tokens": 0}, "max_output_tokens"),
         ({"text": {"format": {"type": "json_schema", "name": "n", "schema": {"type": 5}}}}, "text"),
@@ -361,6 +363,33 @@ async def test_a_follow_up_counts_the_tokens_it_will_have(server: Server, client
     assert counted.input_tokens == second.usage.input_tokens
     assert "Be brief." in prompt_of(server)
     assert "Be kind." not in prompt_of(server)
+
+
+async def test_reasoning_comes_back_sealed_from_clients_that_keep_no_text(
+    server: Server, client: openai.AsyncOpenAI
+) -> None:
+    server.engine.script("T 🦜</think>" + calls(WEATHER))
+    asked: Any = {"model": "tiny", "tools": TOOLS, "store": False, "include": ["reasoning.encrypted_content"]}
+    first = await client.responses.create(input="hi", **asked)
+    reasoning, call = first.output
+    assert reasoning.type == "reasoning"
+    sealed = {"type": "reasoning", "summary": [], "encrypted_content": reasoning.encrypted_content}
+    items: list[Any] = [{"role": "user", "content": "hi"}, sealed, call.model_dump()]
+    items.append({"type": "function_call_output", "call_id": call.call_id, "output": "sunny"})  # type: ignore[union-attr]
+    server.engine.script("D</think>ok")
+    await client.responses.create(input=items, **asked)
+    assert "hi<｜Assistant｜><think>T 🦜</think>" + calls(WEATHER) in prompt_of(server)
+    for other in (None, 5, "gAAAA", "tandem1.", "tandem1.%%%", "tandem1.AAAA"):
+        items[1] = {**sealed, "encrypted_content": other}
+        server.engine.script("D</think>ok")
+        await client.responses.create(input=items, **asked)
+        assert "hi<｜Assistant｜><think></think>" + calls(WEATHER) in prompt_of(server)
+
+
+async def test_calls_of_tools_that_openai_ran_say_nothing(server: Server) -> None:
+    items = [{"role": "user", "content": "hi"}, {"type": "web_search_call", "id": "ws_1", "status": "completed"}]
+    await server.post_json(PATH, {"input": items, "max_output_tokens": 1, "reasoning": {"effort": "none"}})
+    assert prompt_of(server) == "<｜begin▁of▁sentence｜><｜User｜>hi<｜Assistant｜></think>"
 
 
 async def test_a_stored_response_is_not_streamed_again(server: Server) -> None:
