@@ -38,7 +38,7 @@ from engine.activations import activation_bytes, probe_batch
 from engine.memory import PoolSizes
 from kernels import cuda_build
 from kernels.moe import ExpertWeights
-from kernels.packed_experts import PackedBank, gate_up_order, unpack_values
+from kernels.packed_experts import PackedBank, PackedExperts, gate_up_order, unpack_values
 from kernels.quantize import dequantize_fp4, dequantize_fp8_tiles
 from model.batch import ForwardBatch
 from model.config import EXPERT_GROUP, QUANT_TILE, ModelConfig
@@ -167,7 +167,7 @@ def copy_weights(ours: object, theirs: object) -> None:
     if isinstance(ours, Linear) and isinstance(theirs, Linear):
         assert ours.weight is not None
         if theirs.codes is not None and theirs.scales is not None:
-            ours.weight.copy_(dequantize_fp8_tiles(theirs.codes.cpu(), theirs.scales.cpu(), QUANT_TILE))
+            ours.weight.copy_(dequantize_fp8_tiles(theirs.codes, theirs.scales, QUANT_TILE))
         elif theirs.weight is not None:
             ours.weight.copy_(theirs.weight.cpu())
     elif isinstance(ours, StackedWeight) and isinstance(theirs, StackedWeight):
@@ -181,24 +181,23 @@ def copy_weights(ours: object, theirs: object) -> None:
 
 
 def copy_experts(ours: object, theirs: object, config: ModelConfig) -> None:
+    """Dequantised where they are: on a CPU that takes seconds for each expert of Flash."""
     assert isinstance(ours, ExpertWeights)
     if isinstance(theirs, PackedBank):
-        order = gate_up_order(config.moe_intermediate_size)
+        order = gate_up_order(config.moe_intermediate_size, theirs.up.data.device)
         for expert in range(ours.w13.shape[0]):
             up, down = (
-                type(packed)(packed.data[expert : expert + 1].cpu(), packed.row_scale[expert : expert + 1].cpu())
-                for packed in (theirs.up, theirs.down)
+                unpack_values(PackedExperts(part.data[expert : expert + 1], part.row_scale[expert : expert + 1]))[0]
+                for part in (theirs.up, theirs.down)
             )
-            ours.w13[expert][order] = unpack_values(up)[0]
-            ours.w2[expert].copy_(unpack_values(down)[0])
+            ours.w13[expert].copy_(torch.empty_like(up).index_copy_(0, order, up))
+            ours.w2[expert].copy_(down)
         return
     assert isinstance(theirs, ExpertWeights)
     for mine, packed, scale in ((ours.w13, theirs.w13, theirs.w13_scale), (ours.w2, theirs.w2, theirs.w2_scale)):
         for expert in range(mine.shape[0]):
-            if scale is None:
-                mine[expert].copy_(packed[expert].cpu())
-            else:
-                mine[expert].copy_(dequantize_fp4(packed[expert].cpu(), scale[expert].cpu(), EXPERT_GROUP))
+            values = packed[expert] if scale is None else dequantize_fp4(packed[expert], scale[expert], EXPERT_GROUP)
+            mine[expert].copy_(values)
 
 
 def chunk_batch(start: int, size: int, vocab: int) -> ForwardBatch:
@@ -235,12 +234,12 @@ def stage_engine(device: str = "cuda:0") -> None:
     def run(kind: str) -> None:
         tokens[kind] = generate(rank.engine(**settings, **kinds[kind]), prompts, 24)
 
+    attempt("replay = eager on the same inputs", lambda: compare_replay(rank))
     for kind in kinds:
         attempt(f"generate, {kind}", lambda kind=kind: run(kind))  # type: ignore[misc]
     for one, other in (("eager, in turn", "eager, ahead"), ("captured, ahead", "captured, in turn")):
         if one in tokens and other in tokens:
             check(f"{one} = {other}", tokens[one] == tokens[other], "greedy tokens")
-    attempt("replay = eager on the same inputs", lambda: compare_replay(rank))
     attempt("alone = in company", lambda: compare_company(rank, prompts))
     attempt("every sampling feature", lambda: sample_everything(rank, prompts, settings))
 

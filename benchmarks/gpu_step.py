@@ -12,6 +12,7 @@ Bound and peers are the issue's, for 43 layers; other layer counts are compared 
 from __future__ import annotations
 
 import argparse
+import gc
 import time
 from pathlib import Path
 
@@ -60,6 +61,8 @@ def main() -> int:
             print(f"| decode {batch} | not begun: past the deadline |", flush=True)
             continue
         _decode(rank, batch, arguments.context, share, arguments.profile)
+        gc.collect()  # the engine and its captured steps
+        torch.cuda.empty_cache()
     if arguments.chunk and time.monotonic() - started <= arguments.deadline_s:
         _prefill(rank, arguments.chunk, share, arguments.profile)
     print(f"done after {time.monotonic() - started:.1f} s", flush=True)

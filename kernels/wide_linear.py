@@ -20,5 +20,7 @@ def wide_linear_ref(x_TK: Tensor, weight_NK: Tensor) -> Tensor:
 def wide_linear(x_TK: Tensor, weight_NK: Tensor) -> Tensor:
     """bfloat16 weights take bfloat16 rows."""
     if weight_NK.is_cuda and weight_NK.dtype == torch.bfloat16:
+        if not x_TK.shape[0]:
+            return torch.empty(0, weight_NK.shape[0], dtype=torch.float32, device=x_TK.device)
         return torch.mm(x_TK, weight_NK.t(), out_dtype=torch.float32)
     return wide_linear_ref(x_TK, weight_NK)
