@@ -17,6 +17,7 @@ T = TypeVar("T", bound=msgspec.Struct)
 
 _decoders: dict[type[Any], msgspec.json.Decoder[Any]] = {}
 
+_JSON_TYPE = re.compile(r"application/(?:[\w.+-]+\+)?json", re.IGNORECASE)
 _PLACE = re.compile(r" - at `(?:key` in `)?\$(?P<path>[^`]*)`$")
 _MISSING = re.compile(r"^Object missing required field `(?P<field>[^`]*)`$")
 _EXPECTED = re.compile(r"^Expected `(?P<expected>[^`]*)`, got `(?P<got>[^`]*)`$")
@@ -31,6 +32,14 @@ _KINDS = {
 }
 # Above this a body that is not JSON is not searched for the field that is at fault.
 _MAX_EXPLAINED_BYTES = 2**20
+
+
+def check_media_type(content_type: str | None) -> None:
+    """Raises RequestError (415) for a body that says it is no JSON. Without the header the body itself decides."""
+    if content_type is not None and not _JSON_TYPE.fullmatch(content_type.partition(";")[0].strip()):
+        raise RequestError(
+            "The request body must be JSON: set the header Content-Type to application/json.", status=415
+        )
 
 
 def decode(body: bytes, kind: type[T]) -> T:
@@ -82,8 +91,8 @@ def syntax_error(body: bytes, error: Exception) -> RequestError:
     if len(body) > _MAX_EXPLAINED_BYTES:
         return plain
     try:
-        # Python's parser takes the NaN and Infinity that JSON does not have.
-        path = _non_finite_path(json.loads(body))
+        # Python's parser takes the NaN and Infinity that JSON does not have, and integers of any size.
+        path = _non_finite_path(json.loads(body, parse_int=float))
     except (ValueError, RecursionError):
         return plain
     if path is None:

@@ -9,11 +9,11 @@ from aiohttp import web
 from aiohttp.typedefs import Middleware
 
 from api.auth import ApiKeys
+from api.body import check_media_type
 from api.context import CONTEXT, REQUEST_ID
 from api.errors import Problem, dialect_of
 from api.jsonio import json_response
 from api.settings import ApiSettings
-from runtime.errors import RequestError
 
 log = logging.getLogger(__name__)
 
@@ -21,7 +21,6 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,256}")
 _METHODS = frozenset(("GET", "HEAD", "POST", "DELETE", "OPTIONS", "PUT", "PATCH"))
-_JSON_TYPE = re.compile(r"application/(?:[\w.+-]+\+)?json", re.IGNORECASE)
 
 
 def request_id_of(request: web.Request) -> str:
@@ -58,22 +57,14 @@ async def _answer(request: web.Request, handler: Handler, keys: ApiKeys) -> web.
         if request.method == "OPTIONS" and "Origin" in request.headers:
             return web.Response(status=204)
         keys.check(request)
-        if request.method == "POST":
-            _check_content_type(request)
+        if request.method == "POST" and request.can_read_body:
+            check_media_type(request.headers.get("Content-Type"))
         return await handler(request)
     except Exception as error:
         problem = Problem(error)
         if problem.is_server_fault:
             log.exception("request %s failed: %s %s", request[REQUEST_ID], request.method, request.path)
         return json_response(problem.body(dialect_of(request.path)), status=problem.status, headers=problem.headers)
-
-
-def _check_content_type(request: web.Request) -> None:
-    """A body must be JSON. Without the header the body itself decides."""
-    if "Content-Type" in request.headers and not _JSON_TYPE.fullmatch(request.content_type) and request.can_read_body:
-        raise RequestError(
-            "The request body must be JSON: set the header Content-Type to application/json.", status=415
-        )
 
 
 def on_prepare(settings: ApiSettings) -> Callable[[web.Request, web.StreamResponse], Awaitable[None]]:

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Callable, Mapping
 
+from api.body import check_media_type
 from router.errors import RouteError, no_nodes
 from router.http1 import ResponseHead
 from router.legs import FORWARDED_HEADERS
@@ -85,7 +86,11 @@ class AnyNode:
             self._models = None
 
     async def ask(self, method: str, path: str, headers: Mapping[str, str], body: bytes = b"") -> Proxied:
-        """Raises RouteError when no node answers."""
+        """Raises RouteError when no node answers, RequestError for a body that is no JSON."""
+        if body:
+            check_media_type(headers.get("content-type"))
+        if method == "HEAD":
+            method = "GET"  # the client's connection leaves the body out
         cacheable = method == "GET" and path == "/v1/models"
         if cacheable and self._models is not None:
             return self._models

@@ -6,7 +6,7 @@ from typing import Any
 
 import orjson
 
-from api.body import syntax_error
+from api.body import check_media_type, syntax_error
 from router.resume import Progress, may_resume
 from runtime.errors import RequestError
 
@@ -40,12 +40,13 @@ class Request:
     )
 
     def __init__(self, path: str, headers: Mapping[str, str], raw: bytes, request_id: str, *, max_choices: int) -> None:
-        """`headers` has lower-case names. Raises RequestError when the body is not a JSON object."""
+        """`headers` has lower-case names. Raises RequestError when the body is not a JSON object, or says so."""
         self.number = next(_numbers)
         """Unique in this process, unlike `request_id`."""
         self.path = path
         self.headers = headers
         self.request_id = request_id
+        check_media_type(headers.get("content-type"))
         try:
             fields = orjson.loads(raw)
         except orjson.JSONDecodeError as error:

@@ -105,6 +105,32 @@ async def test_a_body_that_is_no_json_object_is_400_and_reaches_no_node(body, wo
         assert (await it.complete())[0] == 200
 
 
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/tokenize", "/v1/responses/input_tokens"])
+async def test_a_body_that_says_it_is_no_json_is_415(path):
+    async with cluster(pairs_of(1, 1)) as it:
+        for kind in ("text/plain", "application/x-www-form-urlencoded"):
+            async with it.client.post(f"{it.url}{path}", data=b"{}", headers={"Content-Type": kind}) as response:
+                assert response.status == 415
+                assert (await response.json())["error"]["type"] == "UnsupportedMediaTypeError"
+        assert not it.prefills[0].seen
+
+
+async def test_head_is_answered_like_get_without_the_body():
+    async with cluster(pairs_of(1, 1)) as it, it.client.head(f"{it.url}/v1/models") as response:
+        assert response.status == 200
+        assert await response.read() == b""
+
+
+@pytest.mark.parametrize("digits", [400, 5000])
+async def test_an_integer_beyond_all_bounds_is_refused_by_name(digits):
+    async with cluster(pairs_of(1, 1)) as it:
+        body = b'{"prompt": "a", "max_tokens": %b}' % (b"9" * digits)
+        headers = {"Content-Type": "application/json"}
+        async with it.client.post(f"{it.url}/v1/completions", data=body, headers=headers) as response:
+            assert response.status == 400
+            assert (await response.json())["error"]["param"] == "max_tokens"
+
+
 async def test_a_body_over_the_limit_is_413_and_the_router_stays_well():
     async with cluster(pairs_of(1, 1), settings(server={"max_payload_bytes": 1000})) as it:
         assert (await it.complete(prompt="x" * 2000))[0] == 413
