@@ -100,7 +100,7 @@ class Walk(msgspec.Struct, frozen=True):
 
 
 def walk(
-    lockstep: Lockstep, mesh: PeerMesh, rank: int, work: Work, on_step: Callable[[int], None] = lambda _: None
+    lockstep: Lockstep, mesh: PeerMesh, rank: int, work: Work, on_step: Callable[[], object] = lambda: None
 ) -> Walk:
     """Take part in all steps as an engine does: asleep when there is nothing to do and nobody calls."""
     steps: list[tuple[int, ...]] = []
@@ -125,7 +125,7 @@ def walk(
                 assert time.monotonic() < deadline, f"rank {rank} was not woken for step {number}"
                 select.select([mesh], [], [], 0.5)
         steps.append(agree(mine))
-        on_step(number)
+        on_step()
     assert not any(agree(0)), "work after the last step"
     return Walk(steps, lockstep.num_rounds - first_round, times, 1e6 * cpu_s / max(1, len(times)))
 
@@ -145,7 +145,7 @@ def run_rank(rank: int, size: int, port: int, patterns: list[str], steps: int, c
         for pattern in patterns:
             work = PATTERNS[pattern](steps, size)
             with tqdm(total=steps, desc=pattern, disable=rank > 0, leave=False) as bar:
-                walks[pattern] = walk(lockstep, group.mesh, rank, work, lambda _, bar=bar: bar.update())
+                walks[pattern] = walk(lockstep, group.mesh, rank, work, bar.update)
             lockstep.begin(TIMEOUT_S)
         lockstep.leave()
         return walks

@@ -5,6 +5,7 @@ import logging
 import time
 
 from engine.engine import Engine
+from engine.expert_load import ExpertLoadReport
 from runtime.channel import EngineChannel
 from runtime.errors import TandemError
 from runtime.requests import (
@@ -25,12 +26,13 @@ log = logging.getLogger(__name__)
 class EngineWorker:
     """Serves one engine on one channel until `Shutdown`. Everything runs on the calling thread."""
 
-    def __init__(self, engine: Engine, channel: EngineChannel) -> None:
+    def __init__(self, engine: Engine, channel: EngineChannel, expert_load: ExpertLoadReport | None) -> None:
         self._engine = engine
         self._channel = channel
         self._interval_s = engine.config.stats_interval_s
         self._next_stats = 0.0
         self._sent: EngineStats | None = None
+        self._expert_load = expert_load
 
     def run(self, ready: EngineReady) -> None:
         """Announce the rank and serve. Returns on `Shutdown`.
@@ -85,6 +87,8 @@ class EngineWorker:
         if stats != self._sent:
             self._sent = stats
             self._channel.send(stats)
+        if self._expert_load is not None and (load := self._expert_load.take(stats.steps)) is not None:
+            self._channel.send(load)
 
 
 def calm_garbage_collector() -> None:
@@ -96,11 +100,15 @@ def calm_garbage_collector() -> None:
     gc.set_threshold(50_000, 20, 50)
 
 
-def run_worker(engine: Engine, channel: EngineChannel, ready: EngineReady) -> None:
-    """Serve and close the channel, whatever ends the loop. Raises what `EngineWorker.run` raises."""
+def run_worker(
+    engine: Engine, channel: EngineChannel, ready: EngineReady, expert_load: ExpertLoadReport | None = None
+) -> None:
+    """Serve and close the channel, whatever ends the loop. Raises what `EngineWorker.run` raises.
+
+    expert_load: counters to tell as well."""
     calm_garbage_collector()
     try:
-        EngineWorker(engine, channel).run(ready)
+        EngineWorker(engine, channel, expert_load).run(ready)
     except TandemError as error:
         log.error("engine rank %d ends: %s", ready.rank, error)
         raise

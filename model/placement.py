@@ -91,10 +91,17 @@ class Placement:
                     raise ConfigError(f"{where}: rank {rank} holds no expert")
         return cls(config.n_routed_experts, size, tuple(sorted(found.layers.items())))
 
+    def ranks_of(self, layer: int) -> tuple[int, ...]:
+        """The rank of each expert of a layer."""
+        even = (rank for rank in range(self.size) for _ in self._run(rank))
+        return dict(self.ranks_LE).get(layer) or tuple(even)
+
+    def _run(self, rank: int) -> range:
+        return range(self.num_experts * rank // self.size, self.num_experts * (rank + 1) // self.size)
+
     def share(self, rank: int) -> ExpertShare:
         """What `rank` holds."""
-        even = range(self.num_experts * rank // self.size, self.num_experts * (rank + 1) // self.size)
-        return ExpertShare(even, tuple((layer, _share(ranks, rank)) for layer, ranks in self.ranks_LE))
+        return ExpertShare(self._run(rank), tuple((layer, _share(ranks, rank)) for layer, ranks in self.ranks_LE))
 
 
 def _share(ranks: tuple[int, ...], rank: int) -> LayerShare:

@@ -16,6 +16,7 @@ from runtime.requests import (
     Drained,
     EngineReady,
     EpochChanged,
+    ExpertLoad,
     FromEngine,
     RankLost,
     Shutdown,
@@ -30,6 +31,8 @@ class EngineProcess(EngineLink):
     def __init__(self, name: str, address: ChannelAddress, target: Callable[..., None], *args: Any) -> None:
         super().__init__(address)
         self.on_epoch: Callable[[EpochChanged], None] = lambda _: None
+        self.expert_load: ExpertLoad | None = None
+        """The newest counters, where they are kept."""
         self._process = ChildProcess(name, target, address, *args)
         self._ready: asyncio.Future[EngineReady] | None = None
         self._drained: asyncio.Future[None] | None = None
@@ -103,6 +106,8 @@ class EngineProcess(EngineLink):
                     self._about, epoch=message.epoch, handoff_address=message.handoff_address
                 )
                 self.on_epoch(message)
+            case ExpertLoad():
+                self.expert_load = message
             case Drained():
                 if self._drained is not None and not self._drained.done():
                     self._drained.set_result(None)

@@ -1,8 +1,12 @@
 """YAML section `expert_parallel` of a node: how the ranks that share the experts find each other and share."""
 
+from pathlib import Path
 from typing import Literal
 
 import msgspec
+
+from model.config import ModelConfig
+from model.placement import Placement
 
 
 class ExpertParallelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -30,9 +34,16 @@ class ExpertParallelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unk
     """How partial sums travel; they are added in float32 in any case. bfloat16 halves the bytes and rounds each rank's
     part once."""
     load_counters: Literal["off", "layers", "experts"] = "off"
-    """Count the tokens that choose each expert. layers: the busiest rank of every layer; experts: every expert too."""
+    """Count the tokens that choose each expert. layers: metrics by layer and rank that holds the expert; experts: by
+    expert as well. Either way `GET /cluster/experts` tells all, for `python -m tools.place_experts`."""
     load_interval_s: float = 5.0
     """How often the counters are read from the device."""
+
+    def placement_for(self, model_config: ModelConfig, size: int) -> Placement:
+        """Which of `size` ranks holds which expert. Raises ConfigError naming what is wrong with the file."""
+        if self.placement:
+            return Placement.load(Path(self.placement), model_config, size)
+        return Placement.even(model_config.n_routed_experts, size)
 
     def __post_init__(self) -> None:
         if self.address:

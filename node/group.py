@@ -43,9 +43,7 @@ def join_group(config: NodeConfig, local_rank: int, group_port: int) -> Membersh
     size = config.expert_ranks
     if size > model_config.n_routed_experts:
         raise ConfigError(f"{size} ranks cannot share {model_config.n_routed_experts} experts")
-    placement = Placement.even(model_config.n_routed_experts, size)
-    if shared.placement:
-        placement = Placement.load(Path(shared.placement), model_config, size)
+    placement = shared.placement_for(model_config, size)
     engine = resolve(config.engine, local_rank)
     device = torch.device(engine.device)
     if device.type == "cuda":

@@ -39,7 +39,7 @@ class HttpSurface:
 
     def __init__(self, spec: SurfaceSpec, links: Sequence[EngineLink], tokenizer: Tokenizer) -> None:
         config = spec.config
-        registry = CollectorRegistry()
+        self.registry = registry = CollectorRegistry()
         recompute = config.engine.kv_load_failure_policy == "recompute"
         self.client = NodeEngineClient(spec.info, links, NodeMetrics(registry).on_handover, recompute=recompute)
         self.app = build_app(self.client, tokenizer, _share(config.api, config.api_processes), registry)

@@ -24,6 +24,7 @@ from node.cluster_routes import add_cluster_routes
 from node.config import NodeConfig
 from node.engine_client import NodeEngineClient
 from node.engine_process import EngineProcess
+from node.expert_load import total_expert_tokens, watch_experts
 from node.http_surface import HttpSurface, SurfaceSpec, check_port_is_free
 from node.membership import Membership, describe
 from node.worker import WorkerSpec, run_rank
@@ -71,7 +72,13 @@ async def serve(config: NodeConfig, role: Role, stopping: asyncio.Event) -> None
         processes = await stack.enter_async_context(api_processes(spec, config.ready_timeout_s))
         surface = HttpSurface(spec, engines, tokenizer)
         membership = _membership(config, role, engines, surface.client)
-        add_cluster_routes(surface.app, membership, surface.client)
+        add_cluster_routes(
+            surface.app,
+            membership,
+            surface.client,
+            lambda: total_expert_tokens(engine.expert_load for engine in engines),
+        )
+        watch_experts(config, surface.registry, engines)
         stack.push_async_callback(surface.close)
         await surface.open()
         if config.bootstrap_port is not None:

@@ -51,7 +51,9 @@ def _serve(channel: EngineChannel, rank: int, spec: WorkerSpec) -> None:
 
     from api.grammar_matcher import GrammarMatchers
     from engine.engine import Engine
+    from engine.expert_load import ExpertLoadReport
     from engine.loader import load_rank
+    from engine.pool_bytes import PoolBytes
     from engine.worker import run_worker
     from kv_transfer.agent import TransferAgent
     from kv_transfer.format import StateFormat
@@ -74,6 +76,7 @@ def _serve(channel: EngineChannel, rank: int, spec: WorkerSpec) -> None:
         holds_states=spec.role == "prefill",
         rank=rank,
         sharing=member.sharing if member is not None else None,
+        count_experts=spec.config.expert_parallel.load_counters != "off",
     )
     state_format = StateFormat(
         model_fingerprint=model_fingerprint(loaded.config, loaded.model_config),
@@ -91,6 +94,7 @@ def _serve(channel: EngineChannel, rank: int, spec: WorkerSpec) -> None:
             pages=MemoryRegion(loaded.memory.pages.data_ptr(), loaded.layout.page_bytes, loaded.shape.num_pages),
             slots=MemoryRegion(loaded.memory.slots.data_ptr(), loaded.layout.slot_bytes, loaded.shape.num_slots),
             rank=rank,
+            read_bytes=PoolBytes(loaded.memory.pages, loaded.memory.slots),
             wake=channel.wake,
         )
         transfer.start()
@@ -117,10 +121,14 @@ def _serve(channel: EngineChannel, rank: int, spec: WorkerSpec) -> None:
             num_pages=loaded.shape.num_pages,
             num_slots=loaded.shape.num_slots,
         )
+        expert_load: ExpertLoadReport | None = None
+        if loaded.model.expert_counts is not None:
+            counts = loaded.model.expert_counts[:, :-1]
+            expert_load = ExpertLoadReport(counts, rank, spec.config.expert_parallel.load_interval_s)
         if member is not None:
             # With ranks on other nodes this one's readiness says nothing yet.
             member.lockstep.begin(spec.config.ready_timeout_s)
-        run_worker(engine, channel, ready)
+        run_worker(engine, channel, ready, expert_load)
     finally:
         if member is not None:
             member.group.close()

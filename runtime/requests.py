@@ -206,6 +206,15 @@ class EngineStats(msgspec.Struct, frozen=True, tag="stats", kw_only=True):
     draining: bool = False
 
 
+class ExpertLoad(msgspec.Struct, frozen=True, tag="expert_load"):
+    """Engine -> API, now and then: how many tokens of this rank chose which expert, since the start."""
+
+    rank: int
+    num_layers: int
+    counts: bytes
+    """int64 in the machine's byte order, [layers, experts]."""
+
+
 class EngineReady(msgspec.Struct, frozen=True, tag="ready", kw_only=True):
     """Engine -> API, once: the rank can take work."""
 
@@ -243,4 +252,6 @@ class Drained(msgspec.Struct, frozen=True, tag="drained"):
     rank: int
 
 
-FromEngine = StepOutput | RequestFailed | Handover | EngineStats | EngineReady | EpochChanged | RankLost | Drained
+FromEngine = (
+    StepOutput | RequestFailed | Handover | EngineStats | ExpertLoad | EngineReady | EpochChanged | RankLost | Drained
+)

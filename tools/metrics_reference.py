@@ -16,7 +16,9 @@ from prometheus_client import CollectorRegistry, Metric
 
 from api.backend import EngineInfo
 from api.metrics import ApiMetrics
+from model.placement import Placement
 from node.engine_client import NodeEngineClient
+from node.expert_load import ExpertLoadMetrics
 from node.metrics import NodeMetrics
 from router.config import RouterConfig
 from router.service import RouterService
@@ -37,6 +39,7 @@ def node_families() -> list[Metric]:
     """What a node exports, in the order of its declarations."""
     registry = CollectorRegistry()
     NodeMetrics(registry)
+    ExpertLoadMetrics(registry, lambda: (), Placement.even(1, 1), every_expert=True)
     info = EngineInfo(model_id="model", max_model_len=1, vocab_size=2, role="decode", num_ranks=1)
     ApiMetrics(NodeEngineClient(info, (), lambda _: None, recompute=False), "model", registry)
     return _ours(registry)

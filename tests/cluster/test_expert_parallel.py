@@ -2,14 +2,17 @@
 hand-off."""
 
 import asyncio
+import json
 import time
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import psutil
 import pytest
 import pytest_asyncio
 
+from model.config import ModelConfig
 from tests.cluster.client import Answer, complete_all, prompts_of_lengths
 from tests.cluster.harness import Cluster, Program, free_port, ranks, standalone, wait_idle
 
@@ -46,10 +49,27 @@ async def steps_of_all(url: str, size: int) -> int:
         await asyncio.sleep(0.1)
 
 
+async def fetch(url: str) -> str:
+    timeout = aiohttp.ClientTimeout(total=10)
+    async with aiohttp.ClientSession(timeout=timeout) as session, session.get(url) as response:
+        assert response.status == 200
+        return await response.text()
+
+
+async def wait_counted(url: str, config: ModelConfig, num_tokens: int) -> None:
+    """Until the counters of all layers show as many tokens, each with all its experts."""
+    wanted = [num_tokens * config.num_experts_per_tok] * config.num_hidden_layers
+    deadline = time.monotonic() + 30
+    while (got := [sum(layer) for layer in json.loads(await fetch(f"{url}/cluster/experts"))["layers"]]) != wanted:
+        assert time.monotonic() < deadline, f"{got} instead of {wanted}"
+        await asyncio.sleep(0.1)
+
+
 async def test_two_ranks_with_half_the_experts_each_give_the_tokens_of_one(
     tmp_path: Path, tiny_checkpoint: Path, expected: list[Answer]
 ) -> None:
-    async with standalone(tmp_path, tiny_checkpoint, PLAIN | shared(2, part_tokens=24, shard_lm_head=True)) as node:
+    group = {"part_tokens": 24, "shard_lm_head": True, "load_counters": "experts", "load_interval_s": 0.1}
+    async with standalone(tmp_path, tiny_checkpoint, PLAIN | shared(2, **group)) as node:
         alone = await complete_all(node.url, PROMPTS, MAX_TOKENS, concurrency=1)
         together = await complete_all(node.url, PROMPTS, MAX_TOKENS, concurrency=6)
         await wait_idle(node.url)
@@ -57,6 +77,12 @@ async def test_two_ranks_with_half_the_experts_each_give_the_tokens_of_one(
         assert all(rank["generated_tokens"] for rank in await ranks(node.url)), "both ranks served requests"
         await asyncio.sleep(1.0)
         assert await steps_of_all(node.url, size=2) == steps, "nobody steps when all are idle"
+        # The last token of an answer is not computed any more.
+        computed = 2 * sum(len(prompt) + tokens - 1 for prompt, tokens in zip(PROMPTS, MAX_TOKENS, strict=True))
+        await wait_counted(node.url, ModelConfig.load(tiny_checkpoint), computed)
+        metrics = await fetch(f"{node.url}/metrics")
+        assert 'tandem_expert_rank_tokens_total{expert_rank="1",layer="0"}' in metrics
+        assert 'tandem_expert_tokens_total{expert="7",layer="3"}' in metrics
     assert_same(alone, expected)
     assert_same(together, expected)
 
