@@ -61,8 +61,16 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     stats_interval_s: float = 0.5
     """How often the API process is told the gauges."""
 
+    profiler_dir: str | None = None
+    """Where traces go. With it, SIGUSR2 makes an engine process record its next steps."""
+    profiler_steps: int = 8
+    """Steps of one trace."""
+    profiler_ranges: bool = False
+    """Name the phases of a step in traces, and in NVTX on a GPU."""
+
     def __post_init__(self) -> None:
         for name in (
+            "profiler_steps",
             "block_size",
             "max_num_seqs",
             "max_num_batched_tokens",

@@ -31,6 +31,7 @@ from engine.live import LiveRequests
 from engine.outbox import Outbox, token_message
 from engine.parallel import Parallel, SingleRank, StepIntent, StepPlan
 from engine.pool import Use
+from engine.profiling import spans
 from engine.request import ConstraintFactory, ConstraintMatcher, Phase, Request
 from engine.runner import Forward, Head, Runner, Scoring, StepResult, feed
 from engine.scheduler import Limits, plan_step
@@ -117,6 +118,7 @@ class Engine:
             reserved_pages=max(1, int(shape.num_pages * _PAGE_RESERVE)),
             chunk_alignment=shape.chunk_alignment,
         )
+        self._span = spans(config.profiler_ranges, device)
         self._runs_ahead = config.async_scheduling == "on"
         self._counting = np.arange(config.max_num_seqs)
         self._outbox = Outbox()
@@ -227,7 +229,8 @@ class Engine:
             # Somebody would be preempted and lose a token, while pages may be waiting for the step in flight to end.
             self._collect_flight()
             snapshot = self._live.snapshot()
-        plan = plan_step(snapshot, self._limits)
+        with self._span("schedule"):
+            plan = plan_step(snapshot, self._limits)
         for request in plan.preempt:
             self._live.preempt(request)
         self._live.grow()
@@ -271,7 +274,8 @@ class Engine:
     def _compute(self, chunks: Sequence[Chunk], agreed: StepPlan) -> None:
         """Launch a step; collect the one before it, and this one too if nothing is scheduled ahead."""
         try:
-            flight = self._launch(chunks, agreed)
+            with self._span("launch"):
+                flight = self._launch(chunks, agreed)
         except Exception as error:
             self._collect_flight()
             self._fail_step(error, chunks)
@@ -339,7 +343,8 @@ class Engine:
     def _collect(self, flight: Flight) -> None:
         """Wait for the step. If it is the newest, the next one finds its tokens on the host."""
         try:
-            result = flight.launched.wait()
+            with self._span("wait"):
+                result = flight.launched.wait()
         except Exception as error:
             self._live.pools.step_collected()
             self._fail_step(error, flight.chunks)
@@ -349,8 +354,9 @@ class Engine:
         self._steps += 1
         if self._flight is None:
             self._rows.take_tokens(result.token_ids)
-        self._advance(flight.chunks, result)
-        self._emit(flight, result)
+        with self._span("emit"):
+            self._advance(flight.chunks, result)
+            self._emit(flight, result)
 
     def _advance(self, chunks: Sequence[LaunchedChunk], result: StepResult) -> None:
         """The state holds the chunks' tokens."""

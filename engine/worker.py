@@ -3,8 +3,10 @@
 import gc
 import logging
 import time
+from pathlib import Path
 
 from engine.engine import Engine
+from engine.profiling import StepTracer
 from engine.expert_load import ExpertLoadReport
 from runtime.channel import EngineChannel
 from runtime.errors import TandemError
@@ -13,6 +15,7 @@ from runtime.requests import (
     Drain,
     EngineReady,
     EngineStats,
+    FromEngine,
     ReleaseTransfer,
     ResetPrefixCache,
     Shutdown,
@@ -32,6 +35,11 @@ class EngineWorker:
         self._interval_s = engine.config.stats_interval_s
         self._next_stats = 0.0
         self._sent: EngineStats | None = None
+        config = engine.config
+        self._tracer: StepTracer | None = None
+        if config.profiler_dir is not None:
+            self._tracer = StepTracer(Path(config.profiler_dir), config.profiler_steps, engine.rank)
+            self._tracer.listen()
         self._expert_load = expert_load
 
     def run(self, ready: EngineReady) -> None:
@@ -49,6 +57,9 @@ class EngineWorker:
             for message in self._engine.take_messages():
                 self._channel.send(message)
             raise
+        finally:
+            if self._tracer is not None:
+                self._tracer.finish()
 
     def _serve_once(self) -> bool:
         idle_s = 0.0 if self._engine.has_work else max(0.0, self._next_stats - time.monotonic())
@@ -58,10 +69,18 @@ class EngineWorker:
                 self._engine.leave_group()
                 return False
             self._dispatch(message)
-        for said in self._engine.step():
+        for said in self._step():
             self._channel.send(said)
         self._report()
         return True
+
+    def _step(self) -> list[FromEngine]:
+        if self._tracer is None or not self._engine.has_work:
+            return self._engine.step()
+        self._tracer.before_step()
+        said = self._engine.step()
+        self._tracer.after_step()
+        return said
 
     def _dispatch(self, message: ToEngine) -> None:
         match message:

@@ -30,6 +30,7 @@ PROTOCOLS = {"tcp": "tcp", "rdma": "rdma", "intra_node": "nvlink_intra"}
 """transport -> what the engine's descriptor says."""
 _FORBIDDEN = ("MC_TCP_PROTO", "MC_TCP_ENABLE_CONNECTION_POOL", "MC_DISABLE_METACACHE", "MC_FORCE_SHM", "MC_USE_TENT")
 """Completion before arrival; dozens of times slower; transfers that always fail; not compiled in."""
+_ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 _SET_BY_US = "TANDEM_TRANSFER_ENVIRONMENT"
 """Names of the variables a Tandem process set, so that its children do not take them for an operator's."""
 
@@ -100,6 +101,9 @@ def apply_environment(config: TransferConfig, environ: dict[str, str] | os._Envi
             if name not in ours:
                 raise ConfigError(f"{name}={environ[name]} must not be set (transport={config.transport})")
             del environ[name]
+    for name in _ALLOCATOR if config.transport == "intra_node" else ():
+        if "expandable_segments:true" in environ.get(name, "").lower():
+            raise ConfigError(f"{name}={environ[name]}: other processes cannot open memory of expandable segments")
     for name, value in settings.items():
         if name not in ours and environ.get(name, value) != value:
             raise ConfigError(f"{name}={environ[name]} is set in the environment: the `transfer` section says {value}")

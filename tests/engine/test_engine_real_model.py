@@ -70,8 +70,14 @@ def alone(tiny_checkpoint: Path, prompts: list[list[int]]) -> tuple[dict[str, li
 
 @pytest.mark.parametrize(
     ("settings", "preempts"),
-    [({}, False), ({"max_num_batched_tokens": 37}, False), ({"num_pages": 9}, True)],
-    ids=["together", "odd chunks", "few pages"],
+    [
+        ({}, False),
+        ({"max_num_batched_tokens": 37}, False),
+        ({"num_pages": 9}, True),
+        ({"num_pages": 9, "async_scheduling": "on"}, True),
+        ({"async_scheduling": "on", "cudagraph_capture_sizes": (3, 4)}, False),
+    ],
+    ids=["together", "odd chunks", "few pages", "few pages, ahead", "padded, ahead"],
 )
 def test_tokens_do_not_depend_on_company_chunks_or_pages(tiny_checkpoint, prompts, alone, settings, preempts):
     loaded = load(tiny_checkpoint, **settings)

@@ -53,6 +53,13 @@ def test_a_variable_that_contradicts_the_configuration_is_refused_and_one_that_a
     apply_environment(TransferConfig(), {"MC_TCP_LANES_PER_PEER": "8"})
 
 
+def test_memory_that_other_processes_cannot_open_is_refused_where_they_must():
+    environ = {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64,expandable_segments:True"}
+    with pytest.raises(ConfigError, match=r"PYTORCH_CUDA_ALLOC_CONF=.*cannot open"):
+        apply_environment(TransferConfig(transport="intra_node"), dict(environ))
+    apply_environment(TransferConfig(transport="rdma"), dict(environ))
+
+
 def test_what_a_parent_process_set_is_not_taken_for_an_operators():
     environ: dict[str, str] = {}
     apply_environment(TransferConfig(lanes_per_peer=4), environ)
