@@ -24,8 +24,8 @@ def generator(request: pytest.FixtureRequest, device: torch.device) -> torch.Gen
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests marked gpu exist only where there is one."""
-    if not torch.cuda.is_available():
-        absent = [item for item in items if item.get_closest_marker("gpu")]
-        config.hook.pytest_deselected(items=absent)
-        items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+    """Tests marked gpu exist only where there is one, those marked interpreter only where there is none."""
+    other = "interpreter" if torch.cuda.is_available() else "gpu"
+    absent = [item for item in items if item.get_closest_marker(other)]
+    config.hook.pytest_deselected(items=absent)
+    items[:] = [item for item in items if not item.get_closest_marker(other)]
