@@ -53,6 +53,8 @@ class TransferConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """Ports Mooncake may listen on: two per rank, on every interface. Firewall this range to the peers."""
     devices: tuple[str, ...] = ()
     """RDMA devices such as mlx5_0; empty means all."""
+    devices_by_rank: tuple[tuple[str, ...], ...] = ()
+    """In place of `devices`, where the ranks of a node differ: those of its first rank, of its second, and so on."""
     rdma: RdmaConfig = RdmaConfig()
 
     connect_timeout_s: float = 5.0
@@ -92,6 +94,12 @@ class TransferConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     tls: TlsConfig | None = None
     """Mutual TLS of the hand-off service. Mooncake's own ports have no authentication in any case."""
 
+    def of_rank(self, rank: int) -> "TransferConfig":
+        """What one rank of a node runs with."""
+        if not self.devices_by_rank:
+            return self
+        return msgspec.structs.replace(self, devices=self.devices_by_rank[rank], devices_by_rank=())
+
     @property
     def read_bytes_limit(self) -> int:
         """`max_read_bytes`, resolved."""
@@ -130,7 +138,10 @@ class TransferConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             raise ValueError(f"max_read_bytes={self.max_read_bytes}: reads under 64 KiB are slow")
         if not 1 <= self.lanes_per_peer <= 16:
             raise ValueError(f"lanes_per_peer={self.lanes_per_peer} is not in 1..16")
-        if self.devices and self.transport != "rdma":
-            raise ValueError(f"devices={list(self.devices)} need transport=rdma, not {self.transport}")
+        named = self.devices or self.devices_by_rank
+        if named and self.transport != "rdma":
+            raise ValueError(f"devices={list(named)} need transport=rdma, not {self.transport}")
+        if self.devices and self.devices_by_rank:
+            raise ValueError("devices and devices_by_rank: give one of them")
         if not self.host or self.host == "0.0.0.0" or ":" in self.host:
             raise ValueError(f"host={self.host!r} must be an IPv4 address or name that peers can reach")

@@ -62,6 +62,11 @@ class NodeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
                 f"expert_parallel: ranks {group.first_rank}..{group.first_rank + self.data_parallel_size - 1} of this "
                 f"node do not fit into ranks={self.expert_ranks}"
             )
+        devices = self.transfer.devices_by_rank
+        if devices and len(devices) != self.data_parallel_size:
+            raise ValueError(
+                f"transfer.devices_by_rank: {len(devices)} entries for data_parallel_size={self.data_parallel_size}"
+            )
         if self.host == "0.0.0.0" and not self.advertise_host:
             raise ValueError("host=0.0.0.0 needs advertise_host: the address at which routers reach this node")
 

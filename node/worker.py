@@ -89,7 +89,7 @@ def _serve(channel: EngineChannel, rank: int, spec: WorkerSpec) -> None:
     transfer: TransferAgent | None = None
     if spec.role != "standalone":
         transfer = TransferAgent(
-            spec.config.transfer,
+            spec.config.transfer.of_rank(rank),
             state_format,
             pages=MemoryRegion(loaded.memory.pages.data_ptr(), loaded.layout.page_bytes, loaded.shape.num_pages),
             slots=MemoryRegion(loaded.memory.slots.data_ptr(), loaded.layout.slot_bytes, loaded.shape.num_slots),

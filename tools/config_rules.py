@@ -23,6 +23,7 @@ def problems(processes: Sequence[Process], model: ModelConfig) -> list[str]:
     """Everything that is wrong with a deployment, one line each; empty when it can run."""
     found = [
         *_gpus(processes),
+        *_groups(processes),
         *_ports(processes),
         *_addresses(processes),
         *_routers(processes),
@@ -64,6 +65,28 @@ def _gpus(processes: Sequence[Process]) -> Iterator[str]:
                 yield f"{process.name}: GPU {gpu}, but host {process.host.name} has GPUs 0..{process.host.gpus - 1}"
             elif (other := users.setdefault((process.host.name, gpu), process.name)) != process.name:
                 yield f"{process.name}: GPU {gpu} is also given to {other}"
+
+
+def _groups(processes: Sequence[Process]) -> Iterator[str]:
+    """Nodes that share their experts with others: every rank is there once, and they meet where rank 0 is."""
+    groups: dict[str, list[tuple[Process, NodeConfig]]] = defaultdict(list)
+    for process, node in nodes_of(processes):
+        if node.expert_parallel.address:
+            groups[node.expert_parallel.address].append((process, node))
+    for address, members in groups.items():
+        host = address.rpartition(":")[0]
+        owner: dict[int, str] = {}
+        for process, node in members:
+            first = node.expert_parallel.first_rank
+            if first == 0 and not process.host.is_called(host):
+                yield f"{process.name}: has rank 0, but expert_parallel.address={address} is not on {process.host.name}"
+            for rank in range(first, first + node.data_parallel_size):
+                if (other := owner.setdefault(rank, process.name)) != process.name:
+                    yield f"{process.name}: rank {rank} of the group at {address} is also in {other}"
+            if node.expert_ranks != members[0][1].expert_ranks:
+                yield f"{process.name}: expert_parallel.ranks={node.expert_ranks} differs in the group at {address}"
+        if missing := set(range(members[0][1].expert_ranks)) - owner.keys():
+            yield f"group at {address}: nobody has rank(s) {sorted(missing)}"
 
 
 def listening_ports(process: Process) -> dict[str, int]:
@@ -169,13 +192,20 @@ def _transports(processes: Sequence[Process]) -> Iterator[str]:
         hosts.add(process.host.name)
         if node.transfer.transport == "rdma" and not process.host.nics:
             yield f"{process.name}: transfer.transport=rdma, but host {process.host.name} has no NICs"
-        for device in node.transfer.devices:
-            if device not in process.host.nics:
-                yield f"{process.name}: transfer.devices: {device} is not one of {list(process.host.nics)}"
+        for key, devices in _named_devices(node):
+            for device in devices:
+                if device not in process.host.nics:
+                    yield f"{process.name}: {key}: {device} is not one of {list(process.host.nics)}"
     if len(used) > 1:
         yield f"transfer.transport differs: {'; '.join(f'{kind} in {names}' for kind, names in sorted(used.items()))}"
     if "intra_node" in used and len(hosts) > 1:
         yield f"transfer.transport=intra_node across hosts {sorted(hosts)}"
+
+
+def _named_devices(node: NodeConfig) -> Iterator[tuple[str, tuple[str, ...]]]:
+    yield "transfer.devices", node.transfer.devices
+    for rank, devices in enumerate(node.transfer.devices_by_rank):
+        yield f"transfer.devices_by_rank of rank {rank}", devices
 
 
 def _agreement(processes: Sequence[Process], model: ModelConfig) -> Iterator[str]:

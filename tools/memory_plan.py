@@ -26,6 +26,7 @@ class MemoryPlan(msgspec.Struct, frozen=True, kw_only=True):
     """Activations of the largest step, and `WORKSPACE_BASE`."""
     num_slots: int
     slots: int
+    """Bytes, with those of the spare slot for padding."""
     free: int
     """What is left for pages; negative when the rest does not fit either."""
     num_pages: int
@@ -61,16 +62,22 @@ def _weights(config_json: bytes) -> tuple[int, int]:
     return replicated, experts
 
 
-def step_workspace(config: ModelConfig, num_tokens: int) -> int:
+def step_workspace(config: ModelConfig, num_tokens: int, expert_ranks: int, part_tokens: int) -> int:
     """Bytes of activations alive at once in a step of `num_tokens`.
 
     Two copies of the residual streams, the query heads before and after attention, the two halves of the grouped
-    output, and the inputs and hidden rows of every token's chosen experts, all in bfloat16.
+    output, and the inputs and hidden rows of every token's chosen experts, all in bfloat16. Ranks that share experts
+    see the tokens of all of them, so many at a time; beside those they hold the sums they send and receive in float32,
+    and the rows that wait.
     """
     streams = 2 * config.hc_mult * config.hidden_size
     heads = 2 * config.num_attention_heads * config.head_dim + 2 * config.o_groups * config.o_lora_rank
     experts = config.num_experts_per_tok * (config.hidden_size + 2 * config.moe_intermediate_size)
-    return 2 * num_tokens * (streams + heads + experts)
+    if expert_ranks == 1:
+        return 2 * num_tokens * (streams + heads + experts)
+    together = expert_ranks * min(num_tokens, part_tokens)
+    exchanged = together * config.hidden_size * 2 * 4 + expert_ranks * num_tokens * config.hidden_size
+    return 2 * num_tokens * (streams + heads) + 2 * together * experts + exchanged
 
 
 def state_layout(config: ModelConfig, node: NodeConfig) -> StateLayout:
@@ -90,9 +97,10 @@ def plan(config: ModelConfig, node: NodeConfig, *, gpu_memory_bytes: int, holds_
     engine = node.engine
     layout = state_layout(config, node)
     weights = rank_weights(config, node.expert_ranks)
-    workspace = WORKSPACE_BASE + step_workspace(config, engine.max_step_tokens)
+    part_tokens = node.expert_parallel.part_tokens
+    workspace = WORKSPACE_BASE + step_workspace(config, engine.max_step_tokens, node.expert_ranks, part_tokens)
     num_slots = engine.max_num_seqs + (engine.max_held_requests if holds_states else 0)
-    slots = num_slots * layout.slot_bytes
+    slots = (num_slots + 1) * layout.slot_bytes
     budget = gpu_memory_bytes
     if engine.kv_cache_memory_bytes is None:
         budget = int(gpu_memory_bytes * engine.gpu_memory_utilization)

@@ -42,12 +42,25 @@ def test_a_group_is_the_ranks_of_the_node_unless_it_has_an_address():
         ),
         ({"expert_parallel": {"part_tokens": 0}}, "part_tokens=0 must be positive"),
         ({"expert_parallel": {"sums": "fp8"}}, "fp8"),
+        (
+            {"transfer": {"transport": "rdma", "devices_by_rank": [["a"], ["b"]]}},
+            "transfer.devices_by_rank: 2 entries for data_parallel_size=1",
+        ),
+        ({"transfer": {"transport": "rdma", "devices_by_rank": [["a"]], "devices": ["b"]}}, "give one of them"),
+        ({"transfer": {"devices_by_rank": [["a"]]}}, "need transport=rdma"),
     ],
 )
 def test_groups_that_cannot_be_are_refused_by_name(fields, words):
     with pytest.raises(msgspec.ValidationError) as caught:
         node(**fields)
     assert words in str(caught.value)
+
+
+def test_every_rank_runs_with_its_own_devices():
+    named = {"transport": "rdma", "devices_by_rank": [["mlx5_0", "mlx5_1"], []]}
+    transfer = node(data_parallel_size=2, transfer=named).transfer
+    assert [transfer.of_rank(rank).devices for rank in (0, 1)] == [("mlx5_0", "mlx5_1"), ()]
+    assert node().transfer.of_rank(0) == node().transfer
 
 
 def load(rank: int, *layers: list[int]) -> ExpertLoad:

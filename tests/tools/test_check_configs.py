@@ -51,6 +51,26 @@ def deployment(folder: str, changes: dict[str, list[str]], number: int = 0) -> l
         ("h200", {"decode": ["advertise_host=h201"]}, "advertise_host=h201 is not a name of host h200"),
         ("h200", {"decode": ["transfer.transport=tcp"]}, "transport differs: rdma in ['prefill.yaml on h200']; tcp in"),
         ("h200", {"prefill": ["transfer.devices=[mlx5_9]"]}, "transfer.devices: mlx5_9 is not one of"),
+        (
+            "h200",
+            {"decode": ["transfer.devices_by_rank=[[mlx5_0], [mlx5_1], [], [mlx5_9]]"]},
+            "transfer.devices_by_rank of rank 3: mlx5_9 is not one of",
+        ),
+        (
+            "h200",
+            {"decode": ["expert_parallel.address=elsewhere:29500", "expert_parallel.ranks=4"]},
+            "has rank 0, but expert_parallel.address=elsewhere:29500 is not on h200",
+        ),
+        (
+            "h200",
+            {"decode": ["expert_parallel.address=h200:29500", "expert_parallel.ranks=8"]},
+            "group at h200:29500: nobody has rank(s) [4, 5, 6, 7]",
+        ),
+        (
+            "h200",
+            {r: ["expert_parallel.address=h200:29500", "expert_parallel.ranks=4"] for r in ("prefill", "decode")},
+            "rank 0 of the group at h200:29500 is also in prefill.yaml on h200",
+        ),
         ("h200", {"decode": ["engine.kv_cache_dtype=bf16"]}, "state formats (rows, index keys, block_size) differ"),
         ("h200", {"decode": ["engine.block_size=512"]}, "state formats (rows, index keys, block_size) differ"),
         ("h200", {"decode": ["engine.index_cache_dtype=fp8"]}, "state formats (rows, index keys, block_size) differ"),
