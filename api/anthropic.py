@@ -10,6 +10,7 @@ from api.chat_request import chat_outputs, check_chat, prepare_chat, render
 from api.context import CONTEXT, REQUEST_ID
 from api.field_names import renamed_fields
 from api.jsonio import json_response
+from api.parse_events import StartState
 from api.prompts import encode_rendered
 from api.respond import now, respond
 
@@ -35,6 +36,7 @@ async def messages(request: web.Request) -> web.StreamResponse:
             response_id=prepared.submission.response_id,
             model=prepared.model,
             parallel_tool_calls=prepared.body.parallel_tool_calls is not False,
+            thinks=prepared.rendered.start.state is StartState.REASONING,
         )
         return await respond(
             request,

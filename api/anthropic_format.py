@@ -20,6 +20,8 @@ class MessagesShape(msgspec.Struct, frozen=True, kw_only=True):
     response_id: str
     model: str
     parallel_tool_calls: bool = True
+    thinks: bool = False
+    """The answer begins with a block of thinking, even if nothing was thought."""
 
 
 class MessagesResponse:
@@ -40,12 +42,14 @@ class MessagesResponse:
             for event in piece.events:
                 yield from self._on_event(event)
             if piece.finish_reason is not None:
+                if self._shape.thinks and not self._blocks:
+                    yield from self._in_block(_empty_thinking())
                 self._set_stop(piece)
                 yield from self._close_block()
 
     def _on_event(self, event: Event) -> Iterator[dict[str, Any]]:
         if isinstance(event, ReasoningDelta):
-            yield from self._in_block({"type": "thinking", "thinking": "", "signature": ""})
+            yield from self._in_block(_empty_thinking())
             self._blocks[-1]["thinking"] += event.text
             yield self._delta({"type": "thinking_delta", "thinking": event.text})
         elif isinstance(event, ContentDelta):
@@ -66,6 +70,8 @@ class MessagesResponse:
         """Open `block` unless one of its kind is open."""
         if self._is_open and self._blocks[-1]["type"] == block["type"]:
             return
+        if self._shape.thinks and not self._blocks and block["type"] != "thinking":
+            yield from self._in_block(_empty_thinking())
         yield from self._close_block()
         self._is_open = True
         self._blocks.append(block)
@@ -147,12 +153,16 @@ class MessagesResponse:
 
 
 def _object(arguments: str) -> dict[str, Any]:
-    """A call's input. One that was cut short is no JSON and is handed over as text."""
+    """A call's input; empty for one that was cut short, which is no JSON."""
     try:
         value = orjson.loads(arguments or "{}")
     except orjson.JSONDecodeError:
-        return {"arguments": arguments}
-    return value if isinstance(value, dict) else {"arguments": arguments}
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _empty_thinking() -> dict[str, Any]:
+    return {"type": "thinking", "thinking": "", "signature": ""}
 
 
 def _frame(event: dict[str, Any]) -> bytes:

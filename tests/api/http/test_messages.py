@@ -157,6 +157,38 @@ async def test_stop_sequences_and_lengths_have_their_reasons(server: Server) -> 
         assert (answer["stop_reason"], answer["stop_sequence"]) == (reason, sequence)
 
 
+@pytest.mark.parametrize(
+    ("script", "kinds"),
+    [
+        ("</think>A", ["thinking", "text"]),
+        ("</think>" + calls(WEATHER), ["thinking", "tool_use"]),
+        ("\n</think>\n", ["thinking"]),
+        ("", ["thinking"]),
+    ],
+)
+async def test_an_answer_with_thinking_begins_with_its_block_even_if_nothing_was_thought(
+    server: Server, client: anthropic.AsyncAnthropic, script: str, kinds: list[str]
+) -> None:
+    asked: Any = {"model": "tiny", "max_tokens": 500, "messages": HI, "tools": TOOLS}
+    server.engine.script(script)
+    whole = await client.messages.create(**asked)
+    server.engine.script(script)
+    async with client.messages.stream(**asked) as stream:
+        final = await stream.get_final_message()
+    for message in (whole, final):
+        assert [block.type for block in message.content] == kinds
+        assert message.content[0].thinking == ""  # type: ignore[union-attr]
+
+
+async def test_a_call_that_was_cut_short_has_no_input(server: Server) -> None:
+    cut = calls(WEATHER)[:-60]
+    server.engine.script("T</think>" + cut)
+    num_tokens = len(server.engine.tokenizer.encode("T</think>" + cut))
+    answer = await server.post_json(PATH, {"messages": HI, "max_tokens": num_tokens, "tools": TOOLS})
+    assert answer["stop_reason"] == "max_tokens"
+    assert answer["content"][-1]["input"] == {}
+
+
 async def test_a_trailing_assistant_message_is_the_beginning_of_the_answer(server: Server) -> None:
     server.engine.script(" world")
     messages = [*HI, {"role": "assistant", "content": "Hello"}]
