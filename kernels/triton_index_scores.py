@@ -22,9 +22,9 @@ from kernels.triton_common import INTERPRET, dot_operand, from_exponent_byte
 from kernels.triton_fp8_gemm import num_multiprocessors
 from kernels.triton_rows import FORMATS, fp4_values, fp8_codes, strides
 
-ROWS = 128
-"""Query rows (tokens times heads) of a program where tokens abound."""
-KEYS = 128
+ROWS = 256
+"""Query rows (tokens times heads) of a program where tokens abound: they share the unpacking of keys."""
+KEYS = 64
 PROGRAMS_PER_MULTIPROCESSOR = 4
 
 
@@ -50,6 +50,7 @@ def _scores_kernel(
     live = (row_token < num_tokens) & (head < num_heads)
     source = query + (first_token + row_token).to(tl.int64)[:, None] * stride_query + head[:, None] * WIDTH
     weight = tl.load(weights + (first_token + row_token).to(tl.int64) * stride_weights + head, mask=live, other=0.0)
+    weight = weight.to(tl.float32)
     channel = tl.arange(0, WIDTH)
     half = tl.arange(0, WIDTH // 2)
     if FORMAT == 2:
@@ -126,8 +127,9 @@ def index_scores(
     num_heads, width = query_THD.shape[1:]
     heads = triton.next_power_of_2(num_heads)
     multiprocessors = num_multiprocessors(query_THD.device)
-    many = num_tokens * heads >= 2 * ROWS * multiprocessors
-    tokens = max(1, (ROWS if many else 16) // heads)
+    rows = ROWS // 2 if keys.format == "key_fp8" else ROWS  # FP8 keys need no unpacking
+    many = num_tokens * heads >= ROWS * multiprocessors
+    tokens = max(1, (rows if many else 16) // heads)
     groups = triton.cdiv(num_tokens, tokens)
     splits = max(1, min(PROGRAMS_PER_MULTIPROCESSOR * multiprocessors // groups, triton.cdiv(most, KEYS)))
     data = keys.data.view(torch.float8_e4m3fn) if keys.format == "key_fp8" else keys.data
@@ -138,5 +140,5 @@ def index_scores(
         index.page_tokens // ratio, query_THD.stride(0), weights_TH.stride(0), index.page_table.stride(0), stride_page,
         stride_entry, stride_page_scales, stride_entry_scales, scores_NL.stride(0), TOPK=topk, TOKENS=tokens,
         HEADS=heads, WIDTH=width, KEYS=KEYS, FORMAT=FORMATS[keys.format], INTERPRET=INTERPRET,
-        num_warps=8 if tokens * heads >= ROWS else 4, num_stages=2,
+        num_warps=8 if tokens * heads > 64 else 4, num_stages=2, maxnreg=128,
     )  # fmt: skip
