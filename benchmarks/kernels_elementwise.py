@@ -8,23 +8,23 @@ import torch
 
 from benchmarks.kernels_timing import Call, Table, graph_us, isolated_us
 from kernels.triton_gate import pick_experts
-from kernels.triton_rotary import inverse_rope_quantize, norm_rope
+from kernels.triton_rotary import inverse_rope_quantize, rotate_in_place
 
 HEADS, WIDTH, HALF, EXPERTS = 64, 512, 32, 256
 GATE_PEERS = {64: 4.2, 256: 4.3, 512: 4.4, 16384: 31.8}
-PEERS = {64: (2.7, 5.4), 256: (8.3, 20.7), 512: (17.4, 40.4), 16384: (518, 1266)}
+PEERS = {64: 5.4, 256: 20.7, 512: 40.4, 16384: 1266}
 
 
 def run(table: Table, quick: bool = False) -> None:
-    for rows, (norm_peer, inverse_peer) in PEERS.items():
+    for rows, inverse_peer in PEERS.items():
         decode = rows <= 512
         how, sets = ("graph", max(1, 2048 // rows)) if decode else ("isolated", 1)
         cos, sin = (torch.randn(rows, HALF, device="cuda") for _ in range(2))
         heads = [torch.randn(rows, HEADS, WIDTH, device="cuda").bfloat16() for _ in range(sets)]
-        norms: list[Call] = [partial(norm_rope, x, cos, sin, 1e-6) for x in heads]
+        turns: list[Call] = [partial(rotate_in_place, x, cos, sin, inverse=True) for x in heads]
         inverses: list[Call] = [partial(inverse_rope_quantize, x, cos, sin) for x in heads]
         for name, calls, num_bytes, peer in (
-            ("q norm + RoPE", norms, 4.0, norm_peer),
+            ("inverse RoPE", turns, 4.0 * 2 * HALF / WIDTH, None),
             ("inverse RoPE + quant", inverses, 3.0 + 4 / 128, inverse_peer),
         ):
             us = graph_us(calls, 2 * sets) if decode else isolated_us(calls[0])

@@ -1,12 +1,10 @@
-"""Elementwise passes over heads with rotary channels, each one read and one write of the heads.
+"""Rotation of heads: in place, or back with quantisation.
 
 T tokens, H heads, D channels (a power of two), the last R of them rotary; cos, sin float32 [T, R / 2].
 
 rotate_in_place: the rotation of the twins' rope, reading and writing the rotary channels alone.
-norm_rope: per-head RMS norm without weight, rounded to x's dtype, then the rotation (rms_norm and rope of the twins).
 inverse_rope_quantize: the rotation back, rounded, then e4m3 with a scale per 128 channels, as the FP8 output projection
-takes it (rope and quantize_fp8 of the twins).
-Bound by memory.
+takes it (rope and quantize_fp8 of the twins). Bound by memory.
 """
 
 from __future__ import annotations
@@ -22,24 +20,6 @@ from kernels.triton_rows import rotate
 
 TILE = 4096
 """Elements a program holds."""
-
-
-@triton.jit
-def _norm_rope_kernel(
-    x, cos, sin, output, num_heads, eps, stride_x,
-    HEADS: tl.constexpr, WIDTH: tl.constexpr, ROPE: tl.constexpr, BF16: tl.constexpr, INTERPRET: tl.constexpr,
-):  # fmt: skip
-    token = tl.program_id(0).to(tl.int64)
-    head, channel = tl.program_id(1) * HEADS + tl.arange(0, HEADS), tl.arange(0, WIDTH)
-    inside = (head < num_heads)[:, None]
-    value = tl.load(x + token * stride_x + head[:, None] * WIDTH + channel[None, :], mask=inside, other=0.0)
-    value = value.to(tl.float32)
-    value = value * tl.rsqrt(tl.sum(value * value, axis=1) / WIDTH + eps)[:, None]
-    if BF16:
-        value = to_bf16(value, INTERPRET).to(tl.float32)
-    value = rotate(value, cos, sin, token, ROPE, False)
-    target = output + (token * num_heads + head[:, None]) * WIDTH + channel[None, :]
-    tl.store(target, to_bf16(value, INTERPRET) if BF16 else value, mask=inside)
 
 
 @triton.jit
@@ -108,19 +88,6 @@ def _check(x_THD: Tensor, cos: Tensor) -> tuple[int, int]:
     if width & (width - 1) or width < GROUP or rotary > width:
         raise ValueError(f"head width {width}, {rotary} of it rotary: the kernels need a power of two from {GROUP}")
     return rotary, max(1, min(TILE // width, triton.next_power_of_2(x_THD.shape[1])))
-
-
-def norm_rope(x_THD: Tensor, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
-    """x bf16 or float32 [T, H, D], heads contiguous -> like x."""
-    rotary, heads = _check(x_THD, cos)
-    num_tokens, num_heads, width = x_THD.shape
-    output = torch.empty(num_tokens, num_heads, width, dtype=x_THD.dtype, device=x_THD.device)
-    if num_tokens:
-        _norm_rope_kernel[(num_tokens, triton.cdiv(num_heads, heads))](
-            x_THD, cos, sin, output, num_heads, eps, x_THD.stride(0), HEADS=heads, WIDTH=width, ROPE=rotary,
-            BF16=x_THD.dtype == torch.bfloat16, INTERPRET=INTERPRET, num_warps=4,
-        )  # fmt: skip
-    return output
 
 
 def inverse_rope_quantize(x_THD: Tensor, cos: Tensor, sin: Tensor) -> QuantizedRows:
