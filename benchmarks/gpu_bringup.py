@@ -11,12 +11,14 @@ allows. What each says is printed when it ends and kept in DIR/STAGE.txt; DIR/su
     engine      captured against eager, ahead against in turn, alone against in company, tiny model
     warm        a decode step and a prompt chunk of a Flash-wide slice, for its kernels' compilation and their profile
     full        decode steps and a prompt chunk at 43 layers
-    memory      pools sized by the largest step, and running out of memory says what to change
+    memory      what the largest steps need
+    handoff     states from one process to another through device memory, where Mooncake's CUDA wheel is installed
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import signal
@@ -27,6 +29,7 @@ import traceback
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -49,7 +52,7 @@ from model.state import StateViews
 from model.transformer import Transformer
 
 TOGETHER = ("compile", "sublayers", "engine", "warm")
-ALONE = ("full", "memory")
+ALONE = ("full", "memory", "handoff")
 SLACK = 0.02
 """Relative error (Frobenius) granted beyond one and a half times that of the same sublayer in bfloat16 on the CPU:
 quantised values and index choices that are near a boundary fall to either side."""
@@ -332,6 +335,20 @@ def stage_memory() -> None:
               f"{time.monotonic() - started:.1f} s", flush=True)  # fmt: skip
 
 
+def stage_handoff() -> None:
+    if importlib.util.find_spec("mooncake") is None:
+        print("not run: Mooncake is not installed here", flush=True)
+        return
+    for transport in ("intra_node", "tcp"):
+        attempt(
+            f"hand-off over {transport}",
+            partial(
+                run_module, "benchmarks.handoff", "--device", "cuda", "--tokens", "8192", "--rounds", "8",
+                "--set", f"transport={transport}",
+            ),
+        )  # fmt: skip
+
+
 def run_module(module: str, *arguments: str) -> None:
     subprocess.run([sys.executable, "-m", module, *arguments], check=True)
 
@@ -350,6 +367,7 @@ def main() -> int:
         stages: dict[str, Callable[[], None]] = {
             "compile": stage_compile, "sublayers": stage_sublayers, "engine": stage_engine, "warm": stage_warm,
             "full": lambda: stage_full(arguments.out, arguments.deadline_s), "memory": stage_memory,
+            "handoff": stage_handoff,
         }  # fmt: skip
         stages[arguments.only]()
         return 0

@@ -14,6 +14,8 @@ from __future__ import annotations
 import argparse
 import gc
 import time
+import traceback
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -56,17 +58,28 @@ def main() -> int:
     print(
         "| what | step ms | graph | head | idle | bound | of bound | peers | reach |\n" + "|---" * 9 + "|", flush=True
     )
-    for batch in batches:
+    rows = [
+        (f"decode {batch}", partial(_decode, rank, batch, arguments.context, share, arguments.profile))
+        for batch in batches
+    ]
+    if arguments.chunk:
+        # After the first batch: the most important numbers first.
+        prefill = partial(_prefill, rank, arguments.chunk, share, arguments.profile)
+        rows.insert(1, (f"prefill {arguments.chunk}", prefill))
+    failed = 0
+    for what, measure in rows:
         if time.monotonic() - started > arguments.deadline_s:
-            print(f"| decode {batch} | not begun: past the deadline |", flush=True)
+            print(f"| {what} | not begun: past the deadline |", flush=True)
             continue
-        _decode(rank, batch, arguments.context, share, arguments.profile)
+        try:
+            measure()
+        except Exception:
+            failed += 1
+            print(f"| {what} | failed |\n{traceback.format_exc()}", flush=True)
         gc.collect()  # the engine and its captured steps
         torch.cuda.empty_cache()
-    if arguments.chunk and time.monotonic() - started <= arguments.deadline_s:
-        _prefill(rank, arguments.chunk, share, arguments.profile)
     print(f"done after {time.monotonic() - started:.1f} s", flush=True)
-    return 0
+    return min(1, failed)
 
 
 def _build(layers: int, batches: list[int], context: int, chunk: int) -> Rank:

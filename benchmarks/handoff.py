@@ -1,6 +1,7 @@
-"""What a hand-off costs: states of DeepSeek-V4-Flash's sizes from one process to another over Mooncake TCP.
+"""What a hand-off costs: states of DeepSeek-V4-Flash's sizes from one process to another over Mooncake.
 
     python -m benchmarks.handoff [--rounds 15] [--tokens 1024 8192 65536] [--set max_read_bytes=1048576 ...]
+    python -m benchmarks.handoff --device cuda --set transport=intra_node      # pools of both on one GPU
 
 A hand-off is timed from the claim to the event that gives pages and slot to the engine: messages, reads, lease checks
 and all. It is compared with the transfer engine alone reading the same number of bytes as one contiguous buffer, by the
@@ -42,7 +43,7 @@ NAP_S = 0.0003
 class Rank:
     """One side: pools of Flash's sizes, an agent, and a bare engine over the same memory for the comparison."""
 
-    def __init__(self, config: TransferConfig, num_pages: int) -> None:
+    def __init__(self, config: TransferConfig, num_pages: int, device: str) -> None:
         layout = build_state_layout(PRESETS["flash"](), row_format="fp8", index_format="mxfp4")
         self.format = StateFormat(
             model_fingerprint="flash",
@@ -52,8 +53,8 @@ class Rank:
             page_tokens=layout.page_tokens,
         )
         # One slot's worth more than the pages, so that a whole state is also one contiguous buffer.
-        self._memory = np.full(num_pages * layout.page_bytes + 2 * layout.slot_bytes, 7, dtype=np.uint8)
-        base = self._memory.ctypes.data
+        num_bytes = num_pages * layout.page_bytes + 2 * layout.slot_bytes
+        self._memory, base = _allocate(num_bytes, device)
         self.pages = MemoryRegion(base, layout.page_bytes, num_pages)
         self.slots = MemoryRegion(base + self.pages.num_bytes, layout.slot_bytes, 2)
         self._event = threading.Event()
@@ -61,7 +62,7 @@ class Rank:
             config, self.format, pages=self.pages, slots=self.slots, rank=0, wake=self._event.set
         )
         self.agent.start()
-        self.bare = MooncakeEngine(config, (MemoryRegion(base, self._memory.nbytes, 1),))
+        self.bare = MooncakeEngine(config, (MemoryRegion(base, num_bytes, 1),))
         self.base_address = base
 
     def next_event(self, kind: type[AgentEvent]) -> AgentEvent:
@@ -74,9 +75,21 @@ class Rank:
         return events[0]
 
 
-def serve(config: TransferConfig, num_pages: int) -> None:
+def _allocate(num_bytes: int, device: str) -> tuple[object, int]:
+    """(what keeps the memory, its address)."""
+    if device == "cpu":
+        array = np.full(num_bytes, 7, dtype=np.uint8)
+        return array, array.ctypes.data
+    import torch
+
+    tensor = torch.full((num_bytes,), 7, dtype=torch.uint8, device=device)
+    torch.cuda.synchronize()
+    return tensor, tensor.data_ptr()
+
+
+def serve(config: TransferConfig, num_pages: int, device: str) -> None:
     """The prefill side: a state ready for each line on stdin, as [transfer id, number of tokens, pages]."""
-    rank = Rank(config, num_pages)
+    rank = Rank(config, num_pages, device)
     facts = {
         "address": rank.agent.address,
         "epoch": rank.agent.epoch,
@@ -218,16 +231,17 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 8192, 65536])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="of the transfer configuration")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where the pools are")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     settings = dict(pair.split("=", 1) for pair in options.set)
     config = msgspec.convert(settings, TransferConfig, strict=False)
     num_pages = 2 * max(-(-tokens // 256) for tokens in options.tokens)
     if options.serve:
-        serve(config, num_pages)
+        serve(config, num_pages, options.device)
         return 0
-    source = Source([f"--tokens={max(options.tokens)}", "--set", *options.set])
-    rank = Rank(config, num_pages)
+    source = Source([f"--tokens={max(options.tokens)}", f"--device={options.device}", "--set", *options.set])
+    rank = Rank(config, num_pages, options.device)
     bench = Bench(config, rank, source)
     print(" tokens     pages       MB total ms reads ms   GB/s  bare ms   GB/s  best way  ratio")
     ratios = []

@@ -29,7 +29,8 @@ def spans(ranges: bool, device: torch.device) -> Span:
     if not ranges:
         return lambda name: _NOTHING
     if device.type != "cuda":
-        return record_function
+        named: Span = record_function
+        return named
 
     @contextlib.contextmanager
     def span(name: str) -> Iterator[None]:
