@@ -171,7 +171,7 @@ def _tool_choice(choice: ToolChoice | None) -> str | NamedToolChoice | None:
     if choice.type == "tool":
         if choice.name is None:
             raise RequestError("tool_choice.name: this field is required", param="tool_choice.name")
-        return NamedToolChoice("function", NamedFunction(choice.name))
+        return NamedToolChoice(NamedFunction(choice.name))
     return "required" if choice.type == "any" else choice.type
 
 

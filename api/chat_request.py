@@ -14,7 +14,7 @@ from api.context import CONTEXT, Context
 from api.handoff import Leg, first_token_body, leg_of
 from api.prompts import encode_rendered
 from api.sampling import LogprobsWanted, check, check_logprobs, check_max_tokens, stop_strings
-from api.schema import ChatBody, NamedToolChoice
+from api.schema import AllowedToolsChoice, ChatBody, NamedToolChoice
 from api.submission import Submission, build_submission, truncated
 from api.text_output import TextRules
 from runtime.errors import RequestError
@@ -104,12 +104,13 @@ def render(body: ChatBody, context: Context) -> RenderedPrompt:
         thinking=body.thinking.type if body.thinking is not None else None,
         template_kwargs=body.chat_template_kwargs,
     )
+    tools, choice = _offered(body)
     return render_chat(
         ChatRequest(
             messages=parse_messages(body.messages),
             mode=mode,
-            tools=tuple(_tool(tool.function) for tool in body.tools or ()),
-            tool_choice=_tool_choice(body),
+            tools=tools,
+            tool_choice=choice,
             format_text=format_text_of(body.response_format),
             continue_final=bool(body.continue_final_message),
             generation=body.add_generation_prompt is not False,
@@ -127,8 +128,19 @@ def _tool(function: Any) -> Tool:
     )
 
 
-def _tool_choice(body: ChatBody) -> ToolChoice:
-    choice = body.tool_choice
+def _offered(body: ChatBody) -> tuple[tuple[Tool, ...], ToolChoice]:
+    """The tools that may be called, and whether one must be."""
+    tools = tuple(_tool(tool.function) for tool in body.tools or ())
+    if not isinstance(body.tool_choice, AllowedToolsChoice):
+        return tools, _tool_choice(body.tool_choice)
+    allowed = body.tool_choice.allowed_tools
+    names = {tool.function.name for tool in allowed.tools}
+    if not names or not names <= {tool.name for tool in tools}:
+        raise RequestError("tool_choice: names a function that is not among the tools, or none", param="tool_choice")
+    return tuple(tool for tool in tools if tool.name in names), allowed.mode
+
+
+def _tool_choice(choice: str | NamedToolChoice | None) -> ToolChoice:
     if isinstance(choice, NamedToolChoice):
         return NamedTool(choice.function.name)
     if choice is None:

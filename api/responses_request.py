@@ -9,6 +9,9 @@ from api.chat_messages import content_text, parse_message
 from api.response_store import Items
 from api.responses_schema import LOGPROBS, InputBody, ResponsesBody, ResponsesTool, TextFormat, ToolChoiceObject
 from api.schema import (
+    AllowedTool,
+    AllowedTools,
+    AllowedToolsChoice,
     ChatBody,
     FunctionDefinition,
     JsonSchemaFormat,
@@ -152,7 +155,7 @@ def left_out(body: InputBody) -> list[str]:
     return sorted({tool.type for tool in body.tools or () if tool.type in HOSTED_TOOLS})
 
 
-def _tools_and_choice(body: InputBody) -> tuple[list[Tool], str | NamedToolChoice | None]:
+def _tools_and_choice(body: InputBody) -> tuple[list[Tool], str | NamedToolChoice | AllowedToolsChoice | None]:
     tools = list(_functions(body.tools or ()))
     choice = body.tool_choice
     if not isinstance(choice, ToolChoiceObject):
@@ -161,14 +164,13 @@ def _tools_and_choice(body: InputBody) -> tuple[list[Tool], str | NamedToolChoic
     if choice.type == "function":
         if not choice.name:
             raise RequestError("tool_choice.name: this field is required", param="tool_choice.name")
-        return tools, NamedToolChoice("function", NamedFunction(choice.name))
+        return tools, NamedToolChoice(NamedFunction(choice.name))
     if choice.type != "allowed_tools":
         raise RequestError("tool_choice.type: must be function or allowed_tools", param="tool_choice.type")
-    names = [tool.get("name") for tool in choice.tools or ()]
-    allowed = [tool for tool in tools if tool.function.name in names]
-    if not allowed:
-        raise RequestError("tool_choice.tools: names none of the tools", param="tool_choice.tools")
-    return allowed, choice.mode or "auto"
+    allowed = [
+        AllowedTool("function", NamedFunction(tool.name)) for tool in choice.tools or () if tool.type == "function"
+    ]
+    return tools, AllowedToolsChoice(AllowedTools(choice.mode or "auto", allowed))
 
 
 def _functions(tools: Sequence[ResponsesTool]) -> Iterator[Tool]:

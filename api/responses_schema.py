@@ -45,7 +45,14 @@ class ToolChoiceObject(msgspec.Struct, frozen=True):
     type: str
     name: str | None = None
     mode: Literal["auto", "required"] | None = None
-    tools: list[dict[str, Any]] | None = None
+    tools: list["AllowedFunction"] | None = None
+
+
+class AllowedFunction(msgspec.Struct, frozen=True):
+    """One of the tools; those of other types than function are passed over."""
+
+    type: str = "function"
+    name: str = ""
 
 
 class InputBody(msgspec.Struct, frozen=True, kw_only=True):

@@ -125,9 +125,24 @@ class NamedFunction(msgspec.Struct, frozen=True):
     name: str
 
 
-class NamedToolChoice(msgspec.Struct, frozen=True):
+class NamedToolChoice(msgspec.Struct, frozen=True, tag="function", tag_field="type"):
+    function: NamedFunction
+
+
+class AllowedTool(msgspec.Struct, frozen=True):
     type: Literal["function"]
     function: NamedFunction
+
+
+class AllowedTools(msgspec.Struct, frozen=True):
+    mode: Literal["auto", "required"]
+    tools: list[AllowedTool]
+
+
+class AllowedToolsChoice(msgspec.Struct, frozen=True, tag="allowed_tools", tag_field="type"):
+    """Some of the tools: the model is shown only these."""
+
+    allowed_tools: AllowedTools
 
 
 class Thinking(msgspec.Struct, frozen=True):
@@ -143,7 +158,7 @@ class ChatBody(SamplingBody, frozen=True, kw_only=True):
     logprobs: bool | None = None
     top_logprobs: int | None = None
     tools: list[Tool] | None = None
-    tool_choice: str | NamedToolChoice | None = None
+    tool_choice: str | NamedToolChoice | AllowedToolsChoice | None = None
     parallel_tool_calls: bool | None = None
     reasoning_effort: str | None = None
     thinking: Thinking | None = None

@@ -174,6 +174,13 @@ async def test_a_wrong_message_is_named_by_its_place(server: Server, messages: A
             },
             "tool_choice",
         ),
+        (
+            {
+                "tools": [{"type": "function", "function": {"name": "f"}}],
+                "tool_choice": {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": []}},
+            },
+            "tool_choice",
+        ),
         ({"chat_template_kwargs": {"thinking": "yes"}}, "chat_template_kwargs"),
         ({"chat_template_kwargs": {"reasoning_effort": "turbo"}}, "reasoning_effort"),
         ({"thinking": {"type": "sometimes"}}, "thinking"),

@@ -278,6 +278,16 @@ async def test_a_stop_string_that_is_never_completed_is_given_out(server: Server
         assert answer["choices"][0]["message"]["content"] == "abc sto"
 
 
+@pytest.mark.parametrize("mode", ["auto", "required"])
+async def test_allowed_tools_are_the_only_ones_shown(server: Server, mode: str) -> None:
+    tools = [{"type": "function", "function": {"name": name}} for name in ("one", "two", "three")]
+    choice = {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": [tools[2], tools[0]]}}
+    await server.post_json(PATH, {"messages": HI, "tools": tools, "tool_choice": choice, "max_tokens": 1})
+    prompt = server.engine.tokenizer.decode(server.engine.submitted[0].prompt_ids)
+    assert [name for name in ("one", "two", "three") if f'"name": "{name}"' in prompt] == ["one", "three"]
+    assert (server.engine.submitted[0].sampling.constraint is not None) == (mode == "required")
+
+
 async def test_a_named_tool_is_the_only_one_shown_and_ends_with_stop(server: Server) -> None:
     server.engine.script(call("now") + "</｜DSML｜tool_calls>")
     choice = {"type": "function", "function": {"name": "now"}}
