@@ -128,4 +128,5 @@ class MixtureOfExperts:
             sent = self._parallel.send(x_TD, experts, weights)
             shared = self.shared(x_TD)
             routed = sent.through(compute)
-        return (routed + shared.float()).to(x_TD.dtype)
+        # One pass: the sum of float32 and the activation dtype, rounded once.
+        return torch.add(routed, shared, out=torch.empty_like(x_TD))
