@@ -43,6 +43,7 @@ from runtime.requests import (
     EngineStats,
     EpochChanged,
     FromEngine,
+    GroupDrains,
     Handover,
     ReceiveState,
     SendState,
@@ -126,7 +127,9 @@ class Engine:
         self._changed = False
         self._failures_in_a_row = 0
         self._draining = False
+        self._said_empty = False
         self._drained = False
+        self._group_drains = False
         self._steps = self._recomputed = self._prompt_tokens = self._generated_tokens = 0
         self._step_tokens = Histogram(STEP_TOKENS)
 
@@ -183,7 +186,8 @@ class Engine:
             self._fail(request, "transfer", f"transfer {transfer_id} was released by the router")
 
     def drain(self) -> None:
-        """Refuse new requests; `Drained` is said when everything running and promised is done."""
+        """Refuse new requests; `Drained` is said when everything running and promised is done, on all ranks that step
+        together."""
         self._draining = True
 
     def fail_all(self, reason: str) -> None:
@@ -209,7 +213,14 @@ class Engine:
         live = self._live
         if self._parallel.busy or self._flight is not None:
             return True
+        if self._draining and not self._said_empty and self._is_empty:
+            return True
         return bool(self._rows or live.prefilling or self._outbox or (live.waiting and self._changed))
+
+    @property
+    def _is_empty(self) -> bool:
+        """Nothing runs and nothing is promised."""
+        return not self._live and self._live.transfers.is_empty and self._flight is None
 
     def step(self) -> list[FromEngine]:
         """Take in transfer events, decide, launch, and say what the last launched step, or this one, has yielded.
@@ -241,16 +252,19 @@ class Engine:
         chunks = [_chunk(request, num_tokens) for request, num_tokens in plan.chunks]
         num_tokens = len(self._rows) + sum(chunk.num_tokens for chunk in chunks)
         num_logits = len(self._rows) + sum(chunk.completes + len(chunk.scored) for chunk in chunks)
-        agreed = self._parallel.agree(StepIntent(num_tokens, not chunks, num_logits))
+        self._said_empty = self._draining and self._is_empty
+        agreed = self._parallel.agree(StepIntent(num_tokens, not chunks, num_logits, self._draining, self._said_empty))
         if agreed.runs:
             self._compute(chunks, agreed)
         elif collected:
             self._collect_flight()
         self._changed = agreed.runs or collected
-        done = not self._live and self._live.transfers.is_empty and self._flight is None
-        if self._draining and not self._drained and done:
+        if agreed.drained and not self._drained:
             self._drained = True
             self._outbox.add(Drained(self.rank))
+        elif agreed.draining and not self._draining and not self._group_drains:
+            self._group_drains = True
+            self._outbox.add(GroupDrains(self.rank))
         return self._outbox.take()
 
     def _take_in_events(self) -> None:

@@ -18,8 +18,9 @@ log = logging.getLogger(__name__)
 _RECORD = struct.Struct("<QIIB3x")
 """Round, tokens, logits rows, flags."""
 RECORD_BYTES = _RECORD.size
-_DECODE_ONLY, _LEAVING = 1, 2
-_ORPHAN_S = 5.0
+_DECODE_ONLY, _DRAINING, _DRAINED, _LEAVING = 1, 2, 4, 8
+_FAREWELL = _DECODE_ONLY | _DRAINING | _DRAINED | _LEAVING
+_ORPHAN_S = 15.0
 """A rank whose group has ended is told to stop as well; one that is not, because its node lives on, ends by itself."""
 
 
@@ -32,6 +33,8 @@ class Lockstep:
         self._timeout_s = timeout_s
         self._round = 0
         self._idle = True
+        self._said = 0
+        """Whether this rank drains, as the others know."""
         self._left = False
         self._ended = ""
         self._ended_at = 0.0
@@ -58,23 +61,30 @@ class Lockstep:
     def agree(self, intent: StepIntent) -> StepPlan:
         if self._ended and (intent.num_tokens or self.busy):
             raise EngineError(f"{self._ended}: no rank steps without it")
-        if self._left or self._ended or (self._idle and not intent.num_tokens and not self._mesh.pending):
-            self.plan = StepPlan((0,) * self.size, decode_only=True)
+        if self._left or self._ended:
+            self.plan = self._nothing(draining=True, drained=intent.drained)
+        elif self._idle and not intent.num_tokens and _drain_flags(intent) == self._said and not self._mesh.pending:
+            self.plan = self._nothing()
         else:
             self.plan = self._next_round(intent)
         return self.plan
+
+    def _nothing(self, *, draining: bool = False, drained: bool = False) -> StepPlan:
+        return StepPlan((0,) * self.size, decode_only=True, draining=draining, drained=drained)
 
     def leave(self) -> None:
         if not self._left:
             self._left = True
             if not self._ended:
-                self._mesh.send(_RECORD.pack(self._round + 1, 0, 0, _DECODE_ONLY | _LEAVING))
+                self._mesh.send(_RECORD.pack(self._round + 1, 0, 0, _FAREWELL))
             self._mesh.stop_watching()
 
     def _next_round(self, intent: StepIntent) -> StepPlan:
         self._round += 1
-        flags = _DECODE_ONLY if intent.decode_only else 0
+        self._said = _drain_flags(intent)
+        flags = self._said | (_DECODE_ONLY if intent.decode_only else 0)
         mine = _RECORD.pack(self._round, intent.num_tokens, intent.num_logits, flags)
+        all_flags = any_flags = flags
         num_tokens = [0] * self.size
         num_tokens[self._mesh.rank] = intent.num_tokens
         max_logits = intent.num_logits
@@ -84,14 +94,21 @@ class Lockstep:
             if number != self._round:
                 raise EngineError(f"rank {self._mesh.rank} is in round {self._round}, rank {peer} in {number}")
             max_logits = max(max_logits, num_logits)
-            flags &= their_flags
+            all_flags &= their_flags
+            any_flags |= their_flags
             if their_flags & _LEAVING:
                 leavers.append(peer)
         if leavers:
             self._end(leavers)
-            return StepPlan((0,) * self.size, decode_only=True)
+            return self._nothing(draining=True, drained=intent.drained)
         self._idle = not any(num_tokens)
-        return StepPlan(tuple(num_tokens), bool(flags), max_logits)
+        return StepPlan(
+            tuple(num_tokens),
+            bool(all_flags & _DECODE_ONLY),
+            max_logits,
+            bool(any_flags & _DRAINING),
+            bool(all_flags & _DRAINED),
+        )
 
     def _exchange(self, record: bytes, timeout_s: float) -> dict[int, bytes]:
         self._mesh.send(record)
@@ -102,3 +119,7 @@ class Lockstep:
         self._ended_at = time.monotonic()
         self._mesh.stop_watching()
         log.info("%s: the steps of all have ended", self._ended)
+
+
+def _drain_flags(intent: StepIntent) -> int:
+    return (_DRAINING if intent.draining else 0) | (_DRAINED if intent.drained else 0)

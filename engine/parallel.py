@@ -19,6 +19,10 @@ class StepIntent(msgspec.Struct, frozen=True):
     """All of them are decode tokens, so a captured graph may serve."""
     num_logits: int = 0
     """Rows whose logits it wants."""
+    draining: bool = False
+    """It was asked to finish."""
+    drained: bool = False
+    """And nothing that it runs or has promised is left."""
 
 
 class StepPlan(msgspec.Struct, frozen=True):
@@ -30,6 +34,10 @@ class StepPlan(msgspec.Struct, frozen=True):
     """No rank runs a prompt."""
     max_logits: int = 0
     """The most logits rows of any rank."""
+    draining: bool = False
+    """Some rank was asked to finish: all must, because none can go on without it."""
+    drained: bool = False
+    """All ranks are drained."""
 
     @property
     def max_tokens(self) -> int:
@@ -75,7 +83,7 @@ class SingleRank:
     busy = False
 
     def agree(self, intent: StepIntent) -> StepPlan:
-        return StepPlan((intent.num_tokens,), intent.decode_only, intent.num_logits)
+        return StepPlan((intent.num_tokens,), intent.decode_only, intent.num_logits, intent.draining, intent.drained)
 
     def leave(self) -> None:
         """Nobody to tell."""

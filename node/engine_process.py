@@ -18,6 +18,7 @@ from runtime.requests import (
     EpochChanged,
     ExpertLoad,
     FromEngine,
+    GroupDrains,
     RankLost,
     Shutdown,
 )
@@ -31,6 +32,7 @@ class EngineProcess(EngineLink):
     def __init__(self, name: str, address: ChannelAddress, target: Callable[..., None], *args: Any) -> None:
         super().__init__(address)
         self.on_epoch: Callable[[EpochChanged], None] = lambda _: None
+        self.on_group_drains: Callable[[], None] = lambda: None
         self.expert_load: ExpertLoad | None = None
         """The newest counters, where they are kept."""
         self._process = ChildProcess(name, target, address, *args)
@@ -106,6 +108,8 @@ class EngineProcess(EngineLink):
                     self._about, epoch=message.epoch, handoff_address=message.handoff_address
                 )
                 self.on_epoch(message)
+            case GroupDrains():
+                self.on_group_drains()
             case ExpertLoad():
                 self.expert_load = message
             case Drained():

@@ -79,6 +79,8 @@ async def serve(config: NodeConfig, role: Role, stopping: asyncio.Event) -> None
             lambda: total_expert_tokens(engine.expert_load for engine in engines),
         )
         watch_experts(config, surface.registry, engines)
+        for engine in engines:
+            engine.on_group_drains = stopping.set
         stack.push_async_callback(surface.close)
         await surface.open()
         if config.bootstrap_port is not None:

@@ -246,6 +246,12 @@ class RankLost(msgspec.Struct, frozen=True, tag="lost"):
     reason: str
 
 
+class GroupDrains(msgspec.Struct, frozen=True, tag="group_drains"):
+    """Engine -> API: a rank of another node that steps together with this one was asked to finish, so all must."""
+
+    rank: int
+
+
 class Drained(msgspec.Struct, frozen=True, tag="drained"):
     """Engine -> API: nothing is running and nothing promised is left."""
 
@@ -253,5 +259,14 @@ class Drained(msgspec.Struct, frozen=True, tag="drained"):
 
 
 FromEngine = (
-    StepOutput | RequestFailed | Handover | EngineStats | ExpertLoad | EngineReady | EpochChanged | RankLost | Drained
+    StepOutput
+    | RequestFailed
+    | Handover
+    | EngineStats
+    | ExpertLoad
+    | EngineReady
+    | EpochChanged
+    | RankLost
+    | GroupDrains
+    | Drained
 )

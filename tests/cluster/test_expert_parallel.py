@@ -4,6 +4,7 @@ hand-off."""
 import asyncio
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest_asyncio
 
 from model.config import ModelConfig
 from tests.cluster.client import Answer, complete_all, prompts_of_lengths
-from tests.cluster.harness import Cluster, Program, free_port, ranks, standalone, wait_idle
+from tests.cluster.harness import Cluster, Program, free_port, ranks, standalone, wait_healthy, wait_idle
 
 PLAIN: dict[str, Any] = {"engine": {"numerics": "plain", "dtype": "float32", "block_size": 32}}
 PROMPTS = prompts_of_lengths([1, 5, 16, 33, 64, 100], seed=23)
@@ -38,11 +39,11 @@ def assert_same(got: list[Answer], expected: list[Answer]) -> None:
         assert left.logprobs == pytest.approx(right.logprobs, abs=1e-4)
 
 
-async def steps_of_all(url: str, size: int) -> int:
+async def steps_of_all(*urls: str, size: int) -> int:
     """How many steps the ranks have made, once all of them say the same: their snapshots are not of one moment."""
     deadline = time.monotonic() + 30
     while True:
-        steps = [rank["steps"] for rank in await ranks(url)]
+        steps = [rank["steps"] for url in urls for rank in await ranks(url)]
         if len(steps) == size and len(set(steps)) == 1:
             return int(steps[0])
         assert time.monotonic() < deadline, f"the ranks did not step together: {steps}"
@@ -106,30 +107,43 @@ def engine_processes(node: Program) -> list[psutil.Process]:
     return [child for child in children if "spawn_main" in " ".join(child.cmdline())]
 
 
+async def until_ended(nodes: Sequence[Program]) -> None:
+    deadline = time.monotonic() + 60
+    while any(node.exit_code is None for node in nodes):
+        assert time.monotonic() < deadline, f"a node lives on: {[node.exit_code for node in nodes]}"
+        await asyncio.sleep(0.1)
+
+
 async def test_a_group_over_two_nodes_serves_as_one_and_fails_as_one(
     tmp_path: Path, tiny_checkpoint: Path, expected: list[Answer]
 ) -> None:
     meeting = {"address": f"127.0.0.1:{free_port()}", "ranks": 4}
-    nodes = [{"prefill": "local"} | shared(2, **meeting, first_rank=first) for first in (0, 2)]
+    fresh = {"prefill": "local", "drain_timeout_s": 60.0, "engine": {"stats_interval_s": 0.05}}
+    nodes = [fresh | shared(2, **meeting, first_rank=first) for first in (0, 2)]
     cluster = Cluster(tmp_path, tiny_checkpoint, both=PLAIN, prefill=(), decode=nodes)
     async with cluster:
         assert_same(await complete_all(cluster.url, PROMPTS, MAX_TOKENS, concurrency=6), expected)
         for node in cluster.decode:
             assert_same(await complete_all(node.url, PROMPTS, MAX_TOKENS, concurrency=6), expected)
         await cluster.wait_idle()
-        steps = [await steps_of_all(node.url, size=2) for node in cluster.decode]
-        assert steps[0] == steps[1], "all four ranks take part in every step"
+        await steps_of_all(*(node.url for node in cluster.decode), size=4)
 
         engine_processes(cluster.decode[1])[0].kill()
-        deadline = time.monotonic() + 60
-        while any(node.exit_code is None for node in cluster.decode):
-            assert time.monotonic() < deadline, f"a node lives on: {[node.exit_code for node in cluster.decode]}"
-            await asyncio.sleep(0.1)
+        await until_ended(cluster.decode)
         assert all(node.exit_code for node in cluster.decode)
         assert "lost rank 2: it has ended" in cluster.decode[0].log()
 
-        for node in cluster.decode:
+        for rank, node in enumerate(cluster.decode):
+            node.config |= shared(1, address=meeting["address"], ranks=2, first_rank=rank)
             node.start()
-        await cluster.wait_proven()
-        await cluster.wait_joined()
-        assert_same(await complete_all(cluster.url, PROMPTS, MAX_TOKENS, concurrency=6), expected)
+        for node in cluster.decode:
+            await wait_healthy(node.url, 60, cluster.decode)
+        answer = asyncio.create_task(complete_all(cluster.decode[1].url, PROMPTS[-1:], [120], concurrency=1))
+        while not answer.done():
+            if any(rank["running"] for rank in await ranks(cluster.decode[1].url)):
+                break
+            await asyncio.sleep(0.02)
+        assert await asyncio.to_thread(cluster.decode[0].stop, 60.0) == 0
+        assert (await answer)[0].token_ids[: MAX_TOKENS[-1]] == expected[-1].token_ids, "what runs elsewhere ends well"
+        await until_ended(cluster.decode)
+        assert cluster.decode[1].exit_code == 0, "the other node drains as well"

@@ -124,6 +124,34 @@ def test_a_peer_that_dies_is_noticed_at_once_and_named(idle):
     assert "lost rank 1" in run_ranks(2, body)[0]
 
 
+def test_a_rank_that_drains_makes_all_drain_and_none_is_done_before_the_last():
+    last_may_end = threading.Event()
+
+    def body(rank: Rank) -> int:
+        deadline = time.monotonic() + 60
+        drained = False
+        draining = rank.rank == 1
+        while time.monotonic() < deadline:
+            if rank.rank == 2:
+                drained = draining and last_may_end.is_set()
+            else:
+                drained = draining
+            plan = rank.lockstep.agree(StepIntent(0, True, 0, draining, drained))
+            draining |= plan.draining
+            assert not plan.drained or last_may_end.is_set()
+            if plan.drained:
+                return rank.lockstep.num_rounds
+            if rank.rank == 2 and draining and rank.lockstep.num_rounds >= 2:
+                last_may_end.set()
+            elif not rank.lockstep.busy:
+                rank.sleep()
+        raise AssertionError(f"rank {rank.rank} never drained")
+
+    rounds = run_ranks(3, body)
+    assert len(set(rounds)) == 1
+    assert rounds[0] <= 5, "news are told once"
+
+
 def test_ranks_begin_together():
     came: list[int] = []
 
