@@ -16,9 +16,10 @@ from api.respond import now, respond
 from api.response_ids import new_response_id
 from api.response_store import Items
 from api.responses_format import ResponsesResponse, ResponsesShape
-from api.responses_request import Conversation, input_items, left_out, to_chat
+from api.responses_request import Conversation, input_items, to_chat
 from api.responses_schema import InputBody, ResponsesBody
 from api.responses_stored import stored
+from api.responses_tools import ToolTable
 from api.sampling import check_logprobs
 
 FIELD_NAMES = {
@@ -39,8 +40,9 @@ async def responses(request: web.Request) -> web.StreamResponse:
     with context.limiter.slot():
         earlier, items = earlier_items(context, body), input_items(body.input)
         conversation = Conversation(body.instructions, earlier, items)
+        table = ToolTable(body.tools or ())
         with renamed_fields(FIELD_NAMES, conversation.places):
-            chat = to_chat(body, conversation.messages)
+            chat = to_chat(body, conversation.messages, table)
             check_logprobs(body.top_logprobs, "top_logprobs", context.limits)
             prepared = await prepare_chat(
                 request, chat, response_id=new_response_id(context.info.node_id, context.info.process)
@@ -50,6 +52,7 @@ async def responses(request: web.Request) -> web.StreamResponse:
             created=context.unix_time(),
             model=prepared.model,
             body=body,
+            tools=table,
             store=body.store is not False and context.store.is_enabled and prepared.leg.kind != "prefill",
             names=TokenNames(context.tokenizer),
         )
@@ -66,7 +69,7 @@ async def responses(request: web.Request) -> web.StreamResponse:
             lambda reader: ResponsesResponse(reader, shape, keep),
             stream=bool(prepared.body.stream),
             arrived=arrived,
-            headers={**prepared.headers, **tool_warning(body)},
+            headers={**prepared.headers, **tool_warning(table)},
         )
 
 
@@ -76,7 +79,7 @@ async def input_tokens(request: web.Request) -> web.Response:
     body = decode(await request.read(), InputBody)
     conversation = Conversation(body.instructions, earlier_items(context, body), input_items(body.input))
     with renamed_fields(FIELD_NAMES, conversation.places):
-        chat = to_chat(body, conversation.messages)
+        chat = to_chat(body, conversation.messages, ToolTable(body.tools or ()))
         context.model_of(chat.model)
         check_chat(chat, context)
         ids = await encode_rendered(context, render(chat, context), chat)
@@ -92,7 +95,8 @@ def earlier_items(context: Context, body: InputBody) -> Items:
     return stored(context, body.previous_response_id, "previous_response_id").conversation()
 
 
-def tool_warning(body: InputBody) -> dict[str, str]:
+def tool_warning(table: ToolTable) -> dict[str, str]:
     """The header that says which tools the model was not shown."""
-    kinds = left_out(body)
-    return {"X-Tandem-Warning": f"tools not run by this server were left out: {', '.join(kinds)}"} if kinds else {}
+    if not table.left_out:
+        return {}
+    return {"X-Tandem-Warning": f"tools not run by this server were left out: {', '.join(table.left_out)}"}

@@ -6,14 +6,13 @@ from typing import Any
 import msgspec
 import orjson
 
-from api.chat_format import new_call_id
 from api.errors import Problem
 from api.logprobs import TokenNames, chat_logprobs
-from api.parse_events import ContentDelta, Event, ReasoningDelta, ToolArgumentsDelta, ToolCallStart
+from api.parse_events import ContentDelta, ToolArgumentsDelta, ToolCallStart
 from api.reader import Reader
-from api.responses_request import functions_of
+from api.responses_items import ResponsesItems
 from api.responses_schema import LOGPROBS, SEALED_REASONING, ResponsesBody
-from api.sealed_reasoning import seal
+from api.responses_tools import ToolTable
 from api.text_output import Piece
 from runtime.requests import Tokens
 
@@ -28,6 +27,7 @@ class ResponsesShape(msgspec.Struct, frozen=True, kw_only=True):
     created: int
     model: str
     body: ResponsesBody
+    tools: ToolTable
     store: bool
     names: TokenNames
 
@@ -71,7 +71,7 @@ class ResponsesShape(msgspec.Struct, frozen=True, kw_only=True):
                 "verbosity": text.verbosity if text else None,
             },
             "tool_choice": choice if isinstance(choice, str) else _without_nulls(choice),
-            "tools": [msgspec.to_builtins(tool) for tool in functions_of(body)],
+            "tools": self.tools.given,
             "top_logprobs": body.top_logprobs or 0,
             "top_p": 1.0 if body.top_p is None else body.top_p,
             "truncation": body.truncation or "disabled",
@@ -81,95 +81,13 @@ class ResponsesShape(msgspec.Struct, frozen=True, kw_only=True):
         }
 
 
-def _without_nulls(struct: msgspec.Struct) -> dict[str, Any]:
-    return {key: value for key, value in msgspec.to_builtins(struct).items() if value is not None}
-
-
-class ResponsesItems:
-    """The output items of one response, of which one is open at a time, and the events that build them."""
-
-    def __init__(self, response_id: str, *, seals: bool = False) -> None:
-        """`seals`: reasoning items come with their text sealed, too."""
-        self._id = response_id.partition("_")[2] or response_id
-        self._seals = seals
-        self.items: list[dict[str, Any]] = []
-        self._text: list[str] = []
-        self._logprobs: list[dict[str, Any]] = []
-        self._is_open = False
-
-    def add(self, event: Event, logprobs: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        """`logprobs` are those of the event's text."""
-        if isinstance(event, ReasoningDelta):
-            yield from self._open("reasoning")
-            yield from self._grow("response.reasoning_text.delta", event.text)
-        elif isinstance(event, ContentDelta):
-            yield from self._open("message")
-            self._logprobs += logprobs
-            yield from self._grow("response.output_text.delta", event.text, logprobs=logprobs)
-        elif isinstance(event, ToolCallStart):
-            yield from self.close("commentary")
-            yield from self._open("function_call", event.name)
-        elif isinstance(event, ToolArgumentsDelta):
-            self._text.append(event.text)
-            yield self._event("response.function_call_arguments.delta", delta=event.text)
-
-    def _open(self, kind: str, name: str = "") -> Iterator[dict[str, Any]]:
-        if self._is_open and self.items[-1]["type"] == kind:
-            return
-        yield from self.close()
-        number = len(self.items)
-        item: dict[str, Any]
-        if kind == "reasoning":
-            item = {"type": kind, "id": f"rs_{self._id}_{number}", "status": "in_progress", "content": [],
-                    "summary": [], "encrypted_content": f"{self._id}-{number}"}  # fmt: skip
-        elif kind == "message":
-            item = {"type": kind, "id": f"msg_{self._id}_{number}", "status": "in_progress", "role": "assistant",
-                    "phase": "final_answer", "content": []}  # fmt: skip
-        else:
-            item = {"type": kind, "id": f"fc_{self._id}_{number}", "status": "in_progress", "call_id": new_call_id(),
-                    "name": name, "arguments": ""}  # fmt: skip
-        self._is_open = True
-        self._text, self._logprobs = [], []
-        self.items.append(item)
-        yield {"type": "response.output_item.added", "item": dict(item), "output_index": number}
-        if kind != "function_call":
-            yield self._event("response.content_part.added", content_index=0, part=self._part())
-
-    def _grow(self, kind: str, text: str, **more: Any) -> Iterator[dict[str, Any]]:
-        self._text.append(text)
-        yield self._event(kind, content_index=0, delta=text, **more)
-
-    def _part(self) -> dict[str, Any]:
-        text = "".join(self._text)
-        if self.items[-1]["type"] == "reasoning":
-            return {"type": "reasoning_text", "text": text}
-        return {"type": "output_text", "annotations": [], "logprobs": list(self._logprobs), "text": text}
-
-    def _event(self, kind: str, **fields: Any) -> dict[str, Any]:
-        return {"type": kind, "item_id": self.items[-1]["id"], "output_index": len(self.items) - 1, **fields}
-
-    def close(self, phase: str = "final_answer", status: str = "completed") -> Iterator[dict[str, Any]]:
-        """Complete the open item, if one is."""
-        if not self._is_open:
-            return
-        self._is_open = False
-        item, text = self.items[-1], "".join(self._text)
-        item["status"] = status
-        if item["type"] == "function_call":
-            item["arguments"] = text
-            yield self._event("response.function_call_arguments.done", arguments=text)
-        else:
-            part = self._part()
-            item["content"] = [part]
-            if item["type"] == "message":
-                item["phase"] = phase
-                yield self._event("response.output_text.done", content_index=0, text=text, logprobs=part["logprobs"])
-            else:
-                if self._seals:
-                    item["encrypted_content"] = seal(text)
-                yield self._event("response.reasoning_text.done", content_index=0, text=text)
-            yield self._event("response.content_part.done", content_index=0, part=part)
-        yield {"type": "response.output_item.done", "item": item, "output_index": len(self.items) - 1}
+def _without_nulls(value: Any) -> Any:
+    """A struct as its caller wrote it."""
+    if isinstance(value, msgspec.Struct):
+        value = msgspec.to_builtins(value)
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 class ResponsesResponse:
@@ -180,7 +98,7 @@ class ResponsesResponse:
         self._shape = shape
         self._keep = keep
         seals = SEALED_REASONING in (shape.body.include or ())
-        self._items = ResponsesItems(shape.response_id, seals=seals)
+        self._items = ResponsesItems(shape.response_id, shape.tools, seals=seals)
         self._number = FIRST_EVENTS
         self._finish_reason: str | None = None
 

@@ -1,35 +1,27 @@
 """A Responses body as the chat it means: input items become messages."""
 
-from collections.abc import Iterator, Sequence
 from typing import Any
 
 import msgspec
 
 from api.chat_messages import content_text, parse_message
 from api.response_store import Items
-from api.responses_schema import LOGPROBS, InputBody, ResponsesBody, ResponsesTool, TextFormat, ToolChoiceObject
+from api.responses_schema import LOGPROBS, InputBody, ResponsesBody, TextFormat, ToolChoiceObject
+from api.responses_tools import INPUT, ToolTable, function_name
 from api.schema import (
     AllowedTool,
     AllowedTools,
     AllowedToolsChoice,
     ChatBody,
-    FunctionDefinition,
     JsonSchemaFormat,
     NamedFunction,
     NamedToolChoice,
     ResponseFormat,
     StreamOptions,
-    Tool,
 )
 from api.sealed_reasoning import unseal
 from runtime.errors import RequestError
 
-HOSTED_TOOLS = frozenset(
-    ("code_interpreter", "computer", "computer_use_preview", "file_search", "image_generation", "local_shell", "mcp",
-     "shell", "tool_search", "web_search", "web_search_2025_08_26", "web_search_preview",
-     "web_search_preview_2025_03_11")
-)  # fmt: skip
-"""Tools that OpenAI's servers or clients know how to run. This model does not, so it is not shown them."""
 HOSTED_CALLS = frozenset(
     ("code_interpreter_call", "file_search_call", "image_generation_call", "mcp_list_tools", "web_search_call")
 )
@@ -64,9 +56,9 @@ class Conversation:
             self._add(message, where)
         elif kind == "reasoning":
             self._turn(where)["reasoning_content"] += _reasoning_text(item, where)
-        elif kind == "function_call":
+        elif kind in ("function_call", "custom_tool_call"):
             self._turn(where)["tool_calls"].append(_tool_call(item, where))
-        elif kind == "function_call_output":
+        elif kind in ("function_call_output", "custom_tool_call_output"):
             output = content_text(item.get("output"), f"{where}.output")
             self._add({"role": "tool", "tool_call_id": item.get("call_id"), "content": output}, where)
         elif not isinstance(kind, str) or kind not in HOSTED_CALLS:
@@ -80,12 +72,16 @@ class Conversation:
 
 
 def _tool_call(item: dict[str, Any], where: str) -> dict[str, Any]:
-    name, arguments = item.get("name"), item.get("arguments")
+    name = item.get("name")
     if not isinstance(name, str) or not name:
         raise RequestError(f"{where}.name: must be a non-empty string", param=f"{where}.name")
-    if not isinstance(arguments, str | dict):
-        raise RequestError(f"{where}.arguments: must be a string", param=f"{where}.arguments")
-    return {"id": item.get("call_id") or item.get("id"), "function": {"name": name, "arguments": arguments}}
+    is_custom = item["type"] == "custom_tool_call"
+    field = "input" if is_custom else "arguments"
+    given = item.get(field)
+    if not isinstance(given, str) and (is_custom or not isinstance(given, dict)):
+        raise RequestError(f"{where}.{field}: must be a string", param=f"{where}.{field}")
+    function = {"name": function_name(name, item.get("namespace")), "arguments": {INPUT: given} if is_custom else given}
+    return {"id": item.get("call_id") or item.get("id"), "function": function}
 
 
 def _reasoning_text(item: dict[str, Any], where: str) -> str:
@@ -106,19 +102,18 @@ def input_items(given: str | Items) -> Items:
     return given
 
 
-def to_chat(body: InputBody, messages: list[dict[str, Any]]) -> ChatBody:
+def to_chat(body: InputBody, messages: list[dict[str, Any]], table: ToolTable) -> ChatBody:
     """Raises RequestError naming the field."""
     for field in ("conversation", "prompt"):
         if getattr(body, field) is not None:
             raise RequestError(f"{field}: not supported by this server; send the items themselves", param=field)
-    tools, choice = _tools_and_choice(body)
     chat = ChatBody(
         model=body.model,
         messages=messages,
         reasoning_effort=None if body.reasoning is None else body.reasoning.effort,
         response_format=_format(None if body.text is None else body.text.format),
-        tools=tools or None,
-        tool_choice=choice,
+        tools=table.functions or None,
+        tool_choice=_tool_choice(body, table),
         parallel_tool_calls=body.parallel_tool_calls,
         chat_template_kwargs=body.chat_template_kwargs,
     )
@@ -145,44 +140,20 @@ def to_chat(body: InputBody, messages: list[dict[str, Any]]) -> ChatBody:
     )
 
 
-def functions_of(body: InputBody) -> list[ResponsesTool]:
-    """The tools that the caller runs, which are those that the model is shown."""
-    return [tool for tool in body.tools or () if tool.type == "function"]
-
-
-def left_out(body: InputBody) -> list[str]:
-    """Types of tools that the caller listed and the model is not shown."""
-    return sorted({tool.type for tool in body.tools or () if tool.type in HOSTED_TOOLS})
-
-
-def _tools_and_choice(body: InputBody) -> tuple[list[Tool], str | NamedToolChoice | AllowedToolsChoice | None]:
-    tools = list(_functions(body.tools or ()))
+def _tool_choice(body: InputBody, table: ToolTable) -> str | NamedToolChoice | AllowedToolsChoice | None:
     choice = body.tool_choice
     if not isinstance(choice, ToolChoiceObject):
         # Clients send the default along even when there is nothing to choose.
-        return tools, None if choice == "auto" and not tools else choice
-    if choice.type == "function":
+        return None if choice == "auto" and not table.functions else choice
+    if choice.type in ("function", "custom"):
         if not choice.name:
             raise RequestError("tool_choice.name: this field is required", param="tool_choice.name")
-        return tools, NamedToolChoice(NamedFunction(choice.name))
+        return NamedToolChoice(NamedFunction(function_name(choice.name, choice.namespace)))
     if choice.type != "allowed_tools":
-        raise RequestError("tool_choice.type: must be function or allowed_tools", param="tool_choice.type")
-    allowed = [
-        AllowedTool("function", NamedFunction(tool.name)) for tool in choice.tools or () if tool.type == "function"
-    ]
-    return tools, AllowedToolsChoice(AllowedTools(choice.mode or "auto", allowed))
-
-
-def _functions(tools: Sequence[ResponsesTool]) -> Iterator[Tool]:
-    for index, tool in enumerate(tools):
-        if tool.type in HOSTED_TOOLS:
-            continue
-        where = f"tools.{index}"
-        if tool.type != "function":
-            raise RequestError(f"{where}.type: tools of this type are not supported", param=f"{where}.type")
-        if not tool.name:
-            raise RequestError(f"{where}.name: this field is required", param=f"{where}.name")
-        yield Tool("function", FunctionDefinition(tool.name, tool.description, tool.parameters, tool.strict))
+        raise RequestError("tool_choice.type: must be function, custom or allowed_tools", param="tool_choice.type")
+    names = [function_name(tool.name, tool.namespace) for tool in choice.tools or () if tool.name]
+    allowed = [AllowedTool("function", NamedFunction(name)) for name in names]
+    return AllowedToolsChoice(AllowedTools(choice.mode or "auto", allowed))
 
 
 def _format(asked: TextFormat | None) -> ResponseFormat | None:

@@ -30,29 +30,35 @@ class TextConfig(msgspec.Struct, frozen=True):
 
 
 class ResponsesTool(msgspec.Struct, frozen=True):
-    """A function of the caller, or, under another type, something that only OpenAI's own servers run."""
+    """A function or a custom tool of the caller, a namespace of such, or something that only OpenAI's servers run."""
 
     type: str
     name: str | None = None
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
+    format: dict[str, Any] | None = None
+    """Custom tools: what the input looks like."""
+    tools: "list[ResponsesTool] | None" = None
+    """Of a namespace."""
 
 
 class ToolChoiceObject(msgspec.Struct, frozen=True):
-    """A choice that is more than a word: one function, or a mode for some of the functions."""
+    """A choice that is more than a word: one tool, or a mode for some of the tools."""
 
     type: str
     name: str | None = None
+    namespace: str | None = None
     mode: Literal["auto", "required"] | None = None
-    tools: list["AllowedFunction"] | None = None
+    tools: list["AllowedTool"] | None = None
 
 
-class AllowedFunction(msgspec.Struct, frozen=True):
-    """One of the tools; those of other types than function are passed over."""
+class AllowedTool(msgspec.Struct, frozen=True):
+    """One of the tools; those that only OpenAI's servers run have no name and are passed over."""
 
     type: str = "function"
     name: str = ""
+    namespace: str | None = None
 
 
 class InputBody(msgspec.Struct, frozen=True, kw_only=True):

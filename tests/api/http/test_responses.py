@@ -228,7 +228,11 @@ async def test_a_failure_in_the_middle_is_an_event(server: Server) -> None:
         ({"text": {"format": {"type": "json_schema", "name": "n", "schema": {"type": 5}}}}, "text"),
         ({"text": {"format": {"type": "yaml"}}}, "text"),
         ({"text": {"format": {"type": "json_schema", "schema": {}}}}, "text"),
-        ({"tools": [{"type": "custom", "name": "f"}]}, "tools"),
+        ({"tools": [{"type": "fonction", "name": "f"}]}, "tools"),
+        ({"tools": [{"type": "custom"}]}, "tools"),
+        ({"tools": [{"type": "namespace", "name": "n", "tools": [{"type": "namespace", "name": "m"}]}]}, "tools"),
+        ({"tools": [{"type": "namespace", "name": "n", "tools": TOOLS * 2}]}, "tools"),
+        ({"input": [{"type": "custom_tool_call", "call_id": "c", "name": "f", "input": {}}]}, "input"),
         ({"tools": [{"type": "function"}]}, "tools"),
         ({"tools": [{"type": "function", "name": "a b"}]}, "tools"),
         ({"tools": TOOLS, "tool_choice": {"type": "web_search"}}, "tool_choice"),
@@ -335,6 +339,60 @@ async def test_allowed_tools_are_the_only_ones_shown(server: Server) -> None:
     assert '"name": "other"' in prompt_of(server)
     assert "get_weather" not in prompt_of(server)
     assert server.engine.submitted[0].sampling.constraint is not None
+
+
+PATCH: Any = {
+    "type": "custom",
+    "name": "apply_patch",
+    "description": "Edits files.",
+    "format": {"type": "grammar", "syntax": "lark", "definition": "start: /.+/"},
+}
+CRM: Any = {"type": "namespace", "name": "crm", "description": "d", "tools": TOOLS}
+
+
+def call_of(name: str, key: str, value: str) -> str:
+    parameter = f'<｜DSML｜parameter name="{key}" string="true">{value}</｜DSML｜parameter>\n'
+    return (
+        f'\n\n<｜DSML｜tool_calls>\n<｜DSML｜invoke name="{name}">\n{parameter}</｜DSML｜invoke>\n</｜DSML｜tool_calls>'
+    )
+
+
+async def test_a_custom_tool_takes_and_gives_free_text(server: Server, client: openai.AsyncOpenAI) -> None:
+    text = '*** Begin "Patch"\n+a\\b 🦜\n*** End'
+    script = "T</think>" + call_of("apply_patch", "input", text)
+    server.engine.script(script)
+    async with client.responses.stream(model="tiny", input="hi", tools=[PATCH]) as stream:
+        events = [event async for event in stream]
+        final = await stream.get_final_response()
+    call = final.output[-1]
+    assert call.type == "custom_tool_call"
+    assert (call.name, call.input) == ("apply_patch", text)
+    inputs = [event for event in events if event.type.startswith("response.custom_tool_call_input")]
+    assert [event.type.rpartition(".")[2] for event in inputs] == ["delta", "done"]
+    assert "The input follows this grammar (lark):\\nstart: /.+/" in prompt_of(server)
+    assert final.tools[0].model_dump(exclude_none=True) == PATCH
+    server.engine.script("D</think>ok")
+    result: Any = [{"type": "custom_tool_call_output", "call_id": call.call_id, "output": "applied"}]
+    await client.responses.create(model="tiny", input=result, tools=[PATCH], previous_response_id=final.id)
+    assert "<think>T</think>" + call_of("apply_patch", "input", text) in prompt_of(server)
+    assert "<tool_result>applied</tool_result>" in prompt_of(server)
+
+
+async def test_tools_of_a_namespace_are_called_by_both_names(server: Server, client: openai.AsyncOpenAI) -> None:
+    script = call_of("crm__get_weather", "city", "Oslo")
+    server.engine.script("T</think>" + script)
+    choice: Any = {"type": "function", "namespace": "crm", "name": "get_weather"}
+    asked: Any = {"model": "tiny", "tools": [CRM, *TOOLS], "tool_choice": choice, "reasoning": {"effort": "high"}}
+    first = await client.responses.create(input="hi", **asked)
+    call: Any = first.output[-1]
+    assert (call.type, call.namespace, call.name) == ("function_call", "crm", "get_weather")
+    assert json.loads(call.arguments) == {"city": "Oslo"}
+    assert '"name": "crm__get_weather"' in prompt_of(server)
+    assert '"name": "get_weather"' not in prompt_of(server)
+    result: Any = [{"type": "function_call_output", "call_id": call.call_id, "output": "sunny"}]
+    server.engine.script("D</think>ok")
+    await client.responses.create(input=result, previous_response_id=first.id, **asked)
+    assert "<think>T</think>" + script in prompt_of(server)
 
 
 async def test_input_items_are_listed_in_pages(server: Server, client: openai.AsyncOpenAI) -> None:
