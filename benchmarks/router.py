@@ -170,6 +170,7 @@ def time_to_first_token(url: str, pid: int | None, seconds: float) -> Figures:
 
 
 CELLS: tuple[Cell, ...] = (one_at_a_time, many_small, long_prompts, bursts, paced)
+ALL_CELLS = (*CELLS, time_to_first_token)
 
 
 def best(figures: list[Figures]) -> Figures:
@@ -181,6 +182,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.router", description=__doc__)
     parser.add_argument("--peer", default=shutil.which("vllm-router"), help="vllm-router's executable")
     parser.add_argument("--seconds", type=float, default=2.0, help="per cell and router")
+    parser.add_argument("--cells", nargs="*", choices=[cell.__name__ for cell in ALL_CELLS], help="default: all")
     parser.add_argument("--repeats", type=int, default=3, help="rounds; the best of each figure is shown")
     options = parser.parse_args()
     commands: dict[str, Command] = {
@@ -190,7 +192,10 @@ def main() -> None:
     if options.peer:
         commands["vllm-router"] = lambda ports, port: peer_command(options.peer, ports, port)
     columns: dict[str, Figures] = {}
-    for prefill_s, cells in ((0.0, CELLS), (PREFILL_S, (time_to_first_token,))):
+    for prefill_s, all_cells in ((0.0, CELLS), (PREFILL_S, (time_to_first_token,))):
+        cells = [cell for cell in all_cells if not options.cells or cell.__name__ in options.cells]
+        if not cells:
+            continue
         with contextlib.ExitStack() as stack:
             ports = stack.enter_context(stand_ins(prefill_s))
             targets: dict[str, tuple[str, int | None]] = {}
@@ -208,7 +213,7 @@ def main() -> None:
                         runs[name].append(cell(url, pid, options.seconds))
                 for name, figures in runs.items():
                     columns.setdefault(name, {}).update(best(figures))
-    for figure in [name for name in columns["direct"] if "cpu" in name or name.startswith("rss")]:
+    for figure in [name for name in columns.get("direct", ()) if "cpu" in name or name.startswith("rss")]:
         del columns["direct"][figure]
     print_table(columns)
 

@@ -3,15 +3,18 @@
 One process, three ports: a prefill node, a decode node, and the bootstrap server that vllm-router asks. A prefill
 answers after `prefill_s`; a decode answers once the prefill of the same transfer has, so that the order of the legs
 matters as it does in earnest. What a request wants is written in its `user` field: "json", or "sse <events> <gap in
-microseconds>". Each event carries the time it was sent (CLOCK_MONOTONIC, ns).
+microseconds>". Each event carries the time it was sent (CLOCK_MONOTONIC, ns), and a note of its token where a router
+asks for notes (`api.resume`).
 """
 
 import argparse
 import asyncio
 import json
+import os
 import re
 import sys
 import time
+from collections import deque
 
 from router.http1 import parse_header_lines
 
@@ -37,6 +40,10 @@ class Nodes:
         self.done: dict[bytes, asyncio.Future[None]] = {}
         self.loop = asyncio.get_running_loop()
         self.ports: dict[str, int] = {}
+        self._pacers: dict[float, Pacer] = {}
+
+    def pacer(self, gap_s: float) -> "Pacer":
+        return self._pacers.setdefault(gap_s, Pacer(self.loop, gap_s))
 
     def computed(self, transfer: bytes) -> asyncio.Future[None]:
         future = self.done.get(transfer)
@@ -55,6 +62,37 @@ class Nodes:
         return json.dumps(join).encode()
 
 
+class Pacer:
+    """Streams of one gap, in the order in which their next events are due: one timer for all of them."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, gap_s: float) -> None:
+        self._loop = loop
+        self._gap_s = gap_s
+        self._due: deque[tuple[float, Connection, int]] = deque()
+
+    def add(self, stream: "Connection", count: int) -> None:
+        """`count` events from now on."""
+        stream.event()
+        self._put(self._loop.time() + self._gap_s, stream, count - 1)
+
+    def _put(self, due: float, stream: "Connection", left: int) -> None:
+        self._due.append((due, stream, left))
+        if len(self._due) == 1:
+            self._loop.call_at(due, self._tick)
+
+    def _tick(self) -> None:
+        now = self._loop.time()
+        while self._due and self._due[0][0] <= now:
+            due, stream, left = self._due.popleft()
+            if left and stream.transport is not None:
+                stream.event()
+                self._due.append((due + self._gap_s, stream, left - 1))
+            else:
+                stream.finish()
+        if self._due:
+            self._loop.call_at(self._due[0][0], self._tick)
+
+
 class Connection(asyncio.Protocol):
     """One connection from a router, one request at a time."""
 
@@ -62,6 +100,7 @@ class Connection(asyncio.Protocol):
         self.nodes = nodes
         self.role = role
         self.buffer = b""
+        self.note = b""
         self.transport: asyncio.Transport | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -76,7 +115,9 @@ class Connection(asyncio.Protocol):
         if end < 0:
             return
         line, *lines = self.buffer[:end].split(b"\r\n")
-        length = int(dict(parse_header_lines(lines)).get(b"content-length", b"0"))
+        headers = dict(parse_header_lines(lines))
+        length = int(headers.get(b"content-length", b"0"))
+        self.note = b";t=12345" if b"x-tandem-resumable" in headers else b""
         if len(self.buffer) < end + 4 + length:
             return
         body = self.buffer[end + 4 : end + 4 + length]
@@ -119,26 +160,28 @@ class Connection(asyncio.Protocol):
         )
         count, gap_us = int(wanted[2]), int(wanted[3])
         if gap_us:
-            self.tick(count, gap_us * 1e-6, self.nodes.loop.time())
+            self.nodes.pacer(gap_us * 1e-6).add(self, count)
             return
         for _ in range(count):
             self.event()
         self.finish()
 
-    def tick(self, left: int, gap_s: float, due: float) -> None:
-        if self.transport is None:
-            return
-        if left == 0:
-            self.finish()
-            return
-        self.event()
-        self.nodes.loop.call_at(due + gap_s, self.tick, left - 1, gap_s, due + gap_s)
-
     def event(self) -> None:
         text = b'data: {"t":%d,"id":"x","object":"text_completion","choices":[{"index":0,"text":" token"}]}\n\n' % (
             time.monotonic_ns()
         )
-        self.write(b"%x\r\n%b\r\n" % (len(text), text))
+        data = b"%x%b\r\n%b\r\n" % (len(text), self.note, text)
+        transport = self.transport
+        if transport is None or transport.is_closing() or transport.get_write_buffer_size():
+            self.write(data)
+            return
+        # The event loop would send only after all events of this moment have been made.
+        try:
+            sent = os.write(transport.get_extra_info("socket").fileno(), data)
+        except OSError:
+            sent = 0
+        if sent < len(data):
+            self.write(data[sent:])
 
     def finish(self) -> None:
         text = b'data: {"id":"x","choices":[],%b}\n\ndata: [DONE]\n\n' % _USAGE

@@ -132,6 +132,11 @@ class WholeEvents:
     def __init__(self) -> None:
         self._tail = b""
 
+    @property
+    def empty(self) -> bool:
+        """Nothing is held back."""
+        return not self._tail
+
     def cut(self, data: bytes) -> bytes:
         """What may go out now."""
         if self._tail:

@@ -7,6 +7,9 @@ came, and stays there. So this file knows one kind of request: POST to a generat
 import asyncio
 import http
 import logging
+import os
+from collections import deque
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from aiohttp import web
@@ -22,6 +25,7 @@ log = logging.getLogger(__name__)
 MAX_HEAD_BYTES = 16 * 1024
 MAX_PIPELINED_BYTES = 64 * 1024
 TICK_S = 1.0
+STARTS_PER_TURN = 4
 
 _PATHS = {path.encode(): path for path in GENERATING}
 _START = b"POST /"
@@ -37,12 +41,28 @@ class Front:
         self.fallback = fallback
         self.loop = asyncio.get_running_loop()
         self.connections: set[ClientConnection] = set()
+        self._starts: deque[Callable[[], None]] = deque()
 
     def __call__(self) -> asyncio.Protocol:
         """The protocol for a new connection."""
         if not self.service.config.server.fast_path:
             return self.fallback()
         return ClientConnection(self)
+
+    def start_soon(self, begin: Callable[[], None]) -> None:
+        """Call `begin` when it is its turn. Requests that come all at once are begun a few in each turn of the event
+        loop: streams that run already get their events in between.
+        """
+        self._starts.append(begin)
+        if len(self._starts) == 1:
+            self.loop.call_soon(self._start_some)
+
+    def _start_some(self) -> None:
+        for _ in range(min(STARTS_PER_TURN, len(self._starts))):
+            self._starts[0]()
+            self._starts.popleft()
+        if self._starts:
+            self.loop.call_soon(self._start_some)
 
     async def run(self) -> None:
         """Close connections that are idle, or dawdle over a request, until cancelled."""
@@ -52,13 +72,13 @@ class Front:
             now = self.loop.time()
             for connection in list(self.connections):
                 limit_s = config.keepalive_s if connection.idle else config.header_timeout_s
-                if connection.task is None and now - connection.heard_at > limit_s:
+                if not connection.busy and now - connection.heard_at > limit_s:
                     connection.abort()
 
     def close_idle(self) -> None:
         """The router stops: connections without a request end now, the others after it."""
         for connection in list(self.connections):
-            if connection.task is None:
+            if not connection.busy:
                 connection.abort()
 
     async def close(self) -> None:
@@ -75,24 +95,33 @@ class ClientConnection(asyncio.Protocol):
     def __init__(self, front: Front) -> None:
         self._front = front
         self._transport: asyncio.Transport | None = None
+        self._descriptor = -1
         self._buffer = b""
         self._body: list[bytes] = []
         self._missing = 0
         self._head: _RequestHead | None = None
         self._drained: asyncio.Future[None] | None = None
         self._reading = True
+        self._waits = False
+        """A whole request is here and waits for its turn to be served."""
         self.task: asyncio.Task[None] | None = None
         self.heard_at = front.loop.time()
 
     @property
     def idle(self) -> bool:
         """Between requests."""
-        return self.task is None and self._head is None and not self._buffer
+        return not self.busy and self._head is None and not self._buffer
+
+    @property
+    def busy(self) -> bool:
+        """Serves a request, or is about to."""
+        return self.task is not None or self._waits
 
     # From the transport
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = transport  # type: ignore[assignment]
+        self._descriptor = transport.get_extra_info("socket").fileno()
         self._front.connections.add(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -104,7 +133,7 @@ class ClientConnection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self.heard_at = self._front.loop.time()
-        if self.task is not None:
+        if self.busy:
             self._buffer += data
             if len(self._buffer) > MAX_PIPELINED_BYTES and self._transport is not None:
                 self._reading = False
@@ -156,7 +185,13 @@ class ClientConnection(asyncio.Protocol):
         assert head is not None
         raw = self._body[0] if len(self._body) == 1 else b"".join(self._body)
         self._head, self._body = None, []
-        self.task = self._front.loop.create_task(self._serve(head, raw))
+        self._front.start_soon(lambda: self._begin(head, raw))
+        self._waits = True
+
+    def _begin(self, head: "_RequestHead", raw: bytes) -> None:
+        self._waits = False
+        if self._transport is not None:
+            self.task = self._front.loop.create_task(self._serve(head, raw))
 
     async def _serve(self, head: "_RequestHead", raw: bytes) -> None:
         service = self._front.service
@@ -224,6 +259,26 @@ class ClientConnection(asyncio.Protocol):
         if self._transport is None or self._transport.is_closing():
             raise ClientGone
         self._transport.write(parts[0] if len(parts) == 1 else b"".join(parts))
+
+    def write_now(self, data: bytes) -> bool:
+        """To the socket itself, if nothing waits before it: the event loop would write only after it has read from all
+        connections that have something, which is when many streams get their next token at the same time.
+        """
+        transport = self._transport
+        # A transport that is closing may have given its descriptor back, and that may be somebody else's by now.
+        if transport is None or self._drained is not None or transport.is_closing():
+            return False
+        sent = 0
+        if not transport.get_write_buffer_size():
+            try:
+                sent = os.write(self._descriptor, data)
+            except BlockingIOError:
+                pass
+            except OSError:
+                return False
+        if sent < len(data):
+            transport.write(data[sent:])
+        return True
 
     async def drain(self) -> None:
         """Wait while the client reads too slowly. Raises ClientGone if it stopped reading, or left."""
@@ -320,12 +375,8 @@ class RawSink:
         if connection.blocked:
             await connection.drain()
 
-    @property
-    def blocked(self) -> bool:
-        return self._connection.blocked or bool(self._head)
-
-    def write_now(self, data: bytes) -> None:
-        self._connection.send(b"%x\r\n%b\r\n" % (len(data), data))
+    def write_now(self, data: bytes) -> bool:
+        return not self._head and self._connection.write_now(b"%x\r\n%b\r\n" % (len(data), data))
 
     async def finish(self) -> None:
         head, self._head = self._head, b""

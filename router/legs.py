@@ -54,11 +54,17 @@ class Leg:
     def begin_stream(self) -> None:
         """The client has the first bytes: from now on the gaps count."""
         self.streaming = True
+        self.exchange.deadline = float("inf")
         self.exchange.deadline_text = f"no bytes for {self._gap_s:g} s in the middle of its answer"
 
     def expect_more(self, now: float) -> None:
-        """Start the clock for the next piece of a streamed answer."""
-        self.exchange.deadline = now + (self._gap_s if self.lost is None else self._lost_gap_s)
+        """Start the clock for the next piece of a streamed answer; every piece starts it anew."""
+        self.exchange.heard_at = now
+        self.exchange.max_gap_s = self._gap_s if self.lost is None else self._lost_gap_s
+
+    def expect_nothing(self) -> None:
+        """Stop that clock."""
+        self.exchange.max_gap_s = float("inf")
 
     def close(self) -> None:
         """Stop counting it; cancel it if it still runs. Idempotent."""

@@ -34,13 +34,12 @@ class Sink(Protocol):
     async def finish(self) -> None:
         """The end of a streamed body."""
 
-    @property
-    def blocked(self) -> bool:
-        """Whether `write_now` may not be used: the client reads too slowly, is gone, or this sink cannot do it."""
-        ...
+    def write_now(self, data: bytes) -> bool:
+        """As `write`, of a started sink, without waiting and without raising.
 
-    def write_now(self, data: bytes) -> None:
-        """As `write`, without waiting; for a started sink that is not blocked."""
+        False, and nothing is written, if the client reads too slowly, is gone, or this sink cannot do it: use `write`.
+        """
+        ...
 
     def break_off(self) -> None:
         """End the connection without ending the body, so that the client cannot take it for whole."""
@@ -70,12 +69,9 @@ class MemorySink:
     async def finish(self) -> None:
         pass
 
-    @property
-    def blocked(self) -> bool:
-        return False
-
-    def write_now(self, data: bytes) -> None:
+    def write_now(self, data: bytes) -> bool:
         self.body += data
+        return True
 
     def break_off(self) -> None:
         pass

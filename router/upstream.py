@@ -62,6 +62,7 @@ class Exchange:
         "error",
         "head",
         "heard_at",
+        "max_gap_s",
         "notes",
         "on_change",
     )
@@ -83,6 +84,8 @@ class Exchange:
         """When bytes last came (loop time)."""
         self.deadline = float("inf")
         """When to give up (loop time). The owner moves it; bytes alone do not."""
+        self.max_gap_s = float("inf")
+        """Give up when nothing came for this long."""
         self.deadline_text = ""
 
     @property
@@ -165,6 +168,7 @@ class _Connection(asyncio.Protocol):
 
     def __init__(self, origin: "Origin") -> None:
         self._origin = origin
+        self._now = origin.now
         self._parser = ResponseParser()
         self._exchange: Exchange | None = None
         self._transport: asyncio.Transport | None = None
@@ -194,7 +198,13 @@ class _Connection(asyncio.Protocol):
             self.abandon()
             return
         parser = self._parser
-        exchange.heard_at = self._origin.now()
+        exchange.heard_at = self._now()
+        relay = exchange._relay
+        if relay is not None and (piece := parser.whole_chunk(data)) is not None:
+            # Nearly every event of a stream.
+            if exchange._pieces or not relay(piece):
+                exchange._arrived(parser.head, [piece], False)
+            return
         try:
             pieces = parser.feed(data)
         except ProtocolError as error:
@@ -318,7 +328,7 @@ class Origin:
 
     def tick(self, now: float) -> None:
         """Fail what is overdue and close what is long unused."""
-        for exchange in [e for e in self._exchanges if e.deadline <= now]:
+        for exchange in [e for e in self._exchanges if e.deadline <= now or now - e.heard_at > e.max_gap_s]:
             exchange._fail(UpstreamTimeout(f"{self.name}: {exchange.deadline_text}"))
         while self._idle and now - self._idle[0].idle_since > IDLE_CONNECTION_S:
             self._idle.pop(0).abandon()

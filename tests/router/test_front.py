@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 
 import pytest
 
@@ -205,3 +206,45 @@ async def test_both_ways_in_answer_alike(fast):
         await it.until(lambda: it.service.transfers.finished >= 4)
         asking.cancel()
         await it.settle()
+
+
+async def test_a_slow_reader_gets_every_event_once_and_in_order():
+    """Writes go past the event loop's buffer while it is empty, and through it while the client does not keep up."""
+    count = 20_000
+    async with cluster(pairs_of(1, 1, notes=True)) as it:
+        wire = await dial(it)
+        wire.writer.write(post(json.dumps({"prompt": "a", "stream": True, "max_tokens": count}).encode()))
+        await wire.reader.readuntil(b"\r\n\r\n")
+        data = b""
+        async with asyncio.timeout(60.0):
+            while not data.endswith(b"\r\n0\r\n\r\n"):
+                data += await wire.reader.read(65536)
+                if len(data) % 7 == 0:
+                    # The client stops reading now and then.
+                    await asyncio.sleep(0.02)
+        words = [int(word) for word in re.findall(rb'"text":"w(\d+) "', data)]
+        assert words == list(range(count))
+        wire.writer.close()
+        await it.settle()
+
+
+async def test_requests_that_come_all_at_once_are_all_served():
+    async with cluster(pairs_of(1, 1)) as it:
+        wires = [await dial(it) for _ in range(100)]
+        for wire in wires:
+            wire.writer.write(post())
+        answers = await asyncio.gather(*(wire.answer() for wire in wires[10:]))
+        for wire in wires[:10]:
+            wire.writer.close()
+        assert [(status, b"w0 w1 " in body) for status, _, body in answers] == [(200, True)] * 90
+        await it.settle()
+
+
+async def test_a_request_whose_turn_never_comes_leaves_nothing():
+    async with cluster(pairs_of(1, 1)) as it:
+        wires = [await dial(it) for _ in range(50)]
+        for wire in wires:
+            wire.writer.write(post())
+            wire.writer.transport.abort()
+        await it.settle()
+        assert (await it.complete())[0] == 200
