@@ -42,4 +42,4 @@ class AsciiWords:
             if len(ids_of) + len(missing) > MAX_WORDS:
                 ids_of = self._ids = {word: ids_of[word] for word in set(words) & ids_of.keys()}
             ids_of.update(zip(missing, self._encode_words(missing), strict=True))
-        return array("I", chain.from_iterable(map(ids_of.__getitem__, words)))
+        return array("i", chain.from_iterable(map(ids_of.__getitem__, words)))

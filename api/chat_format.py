@@ -123,7 +123,7 @@ class ChatResponse:
         """The role, once per choice."""
         prompt = b""
         if self._shape.return_token_ids:
-            prompt += b',"prompt_token_ids":%b' % orjson.dumps(self._prompt_ids)
+            prompt += b',"prompt_token_ids":%b' % orjson.dumps(list(self._prompt_ids))
         if self._shape.prompt_text is not None:
             prompt += b',"prompt_text":%b' % orjson.dumps(self._shape.prompt_text)
         return b"".join(

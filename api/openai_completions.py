@@ -18,6 +18,7 @@ from api.schema import CompletionBody
 from api.submission import build_submission, response_id, truncated
 from api.text_output import TextOutput, TextRules
 from runtime.errors import RequestError
+from runtime.token_ids import TokenIds
 
 DEFAULT_MAX_TOKENS = 16
 
@@ -140,7 +141,7 @@ def _num_prompt_logprobs(body: CompletionBody) -> int | None:
     return body.prompt_logprobs
 
 
-async def encode_prompt(context: Context, prompt: str | Sequence[int], body: CompletionBody) -> tuple[int, ...]:
+async def encode_prompt(context: Context, prompt: str | Sequence[int], body: CompletionBody) -> TokenIds:
     """The ids of one prompt. Raises RequestError."""
     max_model_len = context.info.max_model_len
     if not isinstance(prompt, str):

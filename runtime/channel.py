@@ -13,6 +13,7 @@ import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import zmq
@@ -20,9 +21,22 @@ import zmq
 from runtime.errors import ProcessDied
 from runtime.replies import Replies
 from runtime.requests import FromEngine, ToEngine
+from runtime.token_ids import TokenIds
 
-_encode = msgspec.msgpack.Encoder().encode
-_decode_to_engine = msgspec.msgpack.Decoder(ToEngine).decode
+
+def _to_wire(value: object) -> object:
+    if isinstance(value, TokenIds):
+        return value.to_bytes()
+    raise NotImplementedError(f"{type(value).__name__} does not cross the channel")
+
+
+def _from_wire(kind: type[Any], value: Any) -> TokenIds:
+    assert kind is TokenIds
+    return TokenIds.from_bytes(value) if isinstance(value, bytes) else TokenIds(value)
+
+
+_encode = msgspec.msgpack.Encoder(enc_hook=_to_wire).encode
+_decode_to_engine = msgspec.msgpack.Decoder(ToEngine, dec_hook=_from_wire).decode
 _decode_from_engine = msgspec.msgpack.Decoder(FromEngine).decode
 
 

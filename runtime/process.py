@@ -1,6 +1,7 @@
 """A child process as an object with start, wait and stop; whoever waits for it also waits for its death."""
 
 import asyncio
+import gc
 import logging
 import multiprocessing
 import signal
@@ -16,6 +17,17 @@ T = TypeVar("T")
 def ignore_terminal_signals() -> None:
     """Called first in a child: Ctrl-C reaches the whole foreground group, but the parent decides when what stops."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def calm_garbage_collector(thresholds: tuple[int, int, int] = (50_000, 20, 50)) -> None:
+    """Called when everything is loaded: leave that out of all collections, and collect seldom.
+
+    Steps and streams make thousands of objects that reference counts free at once; looking through them and through a
+    vocabulary for cycles would stall everything for milliseconds, in the worst case a tenth of a second.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(*thresholds)
 
 
 class ChildProcess:

@@ -7,6 +7,7 @@ Directions are in each docstring. Times are seconds; token ids are indices into 
 import msgspec
 
 from runtime.histogram import HistogramCounts
+from runtime.token_ids import TokenIds
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -74,7 +75,7 @@ class Submit(msgspec.Struct, frozen=True, tag="submit", kw_only=True):
     """API -> engine: a new request."""
 
     request_id: str
-    prompt_ids: tuple[int, ...]
+    prompt_ids: TokenIds
     sampling: SamplingParams
     handoff: SendState | ReceiveState | LookUpState | None = None
     """None: prefill and decode here."""

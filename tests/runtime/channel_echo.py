@@ -14,7 +14,9 @@ def main(address: ChannelAddress) -> None:
         while True:
             for message in channel.receive(timeout_s=30):
                 if isinstance(message, Submit):
-                    channel.send(StepOutput((Tokens(message.request_id, message.prompt_ids, finish_reason="length"),)))
+                    channel.send(
+                        StepOutput((Tokens(message.request_id, tuple(message.prompt_ids), finish_reason="length"),))
+                    )
                 elif isinstance(message, Drain):
                     raise SystemExit(7)
                 elif isinstance(message, Shutdown):
