@@ -97,6 +97,8 @@ class PeerMesh:
         partial = self._partial[peer]
         try:
             data = self._peers[peer].recv(self._record_bytes - len(partial))
+        except ConnectionResetError:
+            data = b""
         except OSError as error:
             self.stop_watching()
             raise EngineError(f"rank {self.rank} lost rank {peer}: {error.strerror or error}") from None

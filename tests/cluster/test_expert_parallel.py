@@ -3,6 +3,7 @@ hand-off."""
 
 import asyncio
 import json
+import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -131,7 +132,8 @@ async def test_a_group_over_two_nodes_serves_as_one_and_fails_as_one(
         engine_processes(cluster.decode[1])[0].kill()
         await until_ended(cluster.decode)
         assert all(node.exit_code for node in cluster.decode)
-        assert "lost rank 2: it has ended" in cluster.decode[0].log()
+        # Of the killed one, or of one that followed it faster.
+        assert re.search(r"lost rank \d: it has ended", cluster.decode[0].log())
 
         for rank, node in enumerate(cluster.decode):
             node.config |= shared(1, address=meeting["address"], ranks=2, first_rank=rank)
