@@ -6,6 +6,7 @@ machine and at this moment.
 """
 
 import asyncio
+import os
 import time
 from multiprocessing.connection import Connection
 from typing import cast
@@ -41,7 +42,7 @@ async def _serve(address_of: Connection, period_s: float, num_tokens: int) -> No
     loop = asyncio.get_running_loop()
     running: dict[_Stream, int] = {}
     server = await loop.create_server(lambda: _Stream(running, num_tokens), "127.0.0.1", 0, backlog=4096)
-    address_of.send(server.sockets[0].getsockname())
+    address_of.send((server.sockets[0].getsockname(), [os.getpid()]))
     parent = asyncio.create_task(asyncio.to_thread(address_of.poll, None))
     due = time.monotonic()
     while not parent.done():

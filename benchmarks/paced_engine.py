@@ -11,7 +11,6 @@ import msgspec
 from tokenizers import pre_tokenizers
 
 from api.encoding import markers
-from api.tokenizer import Tokenizer
 from runtime.channel import ChannelAddress, EngineChannel
 from runtime.process import ignore_terminal_signals
 from runtime.requests import Abort, EngineReady, Shutdown, StepOutput, Submit, Tokens
@@ -31,8 +30,8 @@ class Pace(msgspec.Struct, frozen=True):
     num_ticks: int = TICKS_PER_S
 
 
-def timing_tokenizer() -> Tokenizer:
-    """Bytes, V4's control tokens, and one token for each tenth of a millisecond of a second."""
+def timing_spec() -> dict[str, Any]:
+    """The tokenizer.json: bytes, V4's control tokens, and one token for each tenth of a millisecond of a second."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {token: index for index, token in enumerate((*markers.REQUIRED, *alphabet))}
     for tick in range(TICKS_PER_S):
@@ -43,7 +42,7 @@ def timing_tokenizer() -> Tokenizer:
         for token in markers.REQUIRED
     ]  # fmt: skip
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-    spec: dict[str, Any] = {
+    return {
         "version": "1.0",
         "added_tokens": added,
         "normalizer": None,
@@ -52,7 +51,6 @@ def timing_tokenizer() -> Tokenizer:
         "decoder": byte_level,
         "model": {"type": "BPE", "vocab": vocab, "merges": []},
     }
-    return Tokenizer(spec, "timing tokenizer")
 
 
 def time_id(pace: Pace) -> int:

@@ -212,7 +212,7 @@ def run(num_requests: int, concurrency: int = 16, seed: int = 0) -> Outcome:
     server.start()
     theirs.close()
     try:
-        host, port = ours.recv()
+        (host, port), _ = ours.recv()
         assert server.pid is not None
         return uvloop.run(soak(f"http://{host}:{port}", server.pid, num_requests, concurrency, seed))
     finally:

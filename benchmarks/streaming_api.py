@@ -1,6 +1,7 @@
 """How many streams one API process carries.
 
     python -m benchmarks.streaming_api [--streams 512,768,...] [--period-ms 20] [--seconds 8] [--path chat|completions]
+                                        [--processes 1]
 
 An engine process without a model sends one token for each stream every period, in one message over the same channel
 that real engines use. The API process detokenises, parses, and writes one server-sent event per token; a client reads
@@ -13,31 +14,31 @@ the peer: a process that only writes the same bytes to as many streams, so all t
 
 import argparse
 import asyncio
+import contextlib
 import multiprocessing
 import os
+import socket
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import orjson
 import uvloop
-from aiohttp import web
-from prometheus_client import CollectorRegistry
 
-from api.app import build_app
 from api.backend import EngineInfo
 from api.settings import ApiSettings
 from api.tokenizer import Tokenizer
 from benchmarks import bare_streams
-from benchmarks.paced_engine import MAX_MODEL_LEN, Pace, added_ms, run, timing_tokenizer
-from node.engine_client import NodeEngineClient
+from benchmarks.paced_engine import MAX_MODEL_LEN, Pace, added_ms, run, timing_spec
+from engine.config import EngineConfig
+from node.api_process import api_processes
+from node.config import NodeConfig
 from node.engine_process import EngineProcess
-from runtime.channel import ChannelAddress
+from node.http_surface import HttpSurface, SurfaceSpec
 
 BODIES: dict[str, dict[str, Any]] = {
     "/v1/chat/completions": {"messages": [{"role": "user", "content": "hi"}], "reasoning_effort": "none"},
@@ -57,40 +58,70 @@ def serve(
     max_model_len: int = MAX_MODEL_LEN,
     checkpoint: str | None = None,
     one_core: bool = False,
+    num_processes: int = 1,
 ) -> None:
-    """The API process: tells its port, serves until its parent goes. `checkpoint`: the folder of another tokenizer."""
-    uvloop.run(_serve(address_of, period_s, max_model_len, checkpoint, one_core))
+    """A node without a model: tells its address and the pids of its API processes, serves until its parent goes.
+
+    `checkpoint`: the folder of another tokenizer. `one_core`: the first API process has a core to itself.
+    """
+    uvloop.run(_serve(address_of, Pacing(period_s, max_model_len, checkpoint, one_core, num_processes)))
 
 
-async def _serve(
-    address_of: Connection, period_s: float, max_model_len: int, checkpoint: str | None, one_core: bool
-) -> None:
-    tokenizer = timing_tokenizer() if checkpoint is None else Tokenizer.load(Path(checkpoint))
-    first_time_id = tokenizer.token_id("0000")
-    pace = Pace(period_s, tokenizer.encode("a")[0], 1) if first_time_id is None else Pace(period_s, first_time_id)
-    info = EngineInfo(model_id="paced", max_model_len=max_model_len, vocab_size=tokenizer.vocab_size, role="standalone")
+class Pacing(NamedTuple):
+    period_s: float
+    max_model_len: int
+    checkpoint: str | None
+    one_core: bool
+    num_processes: int
+
+
+async def _serve(address_of: Connection, pacing: Pacing) -> None:
     api_cores, other_cores = cores()
-    with tempfile.TemporaryDirectory(prefix="tandem-bench-") as directory:
-        engine = EngineProcess("paced", ChannelAddress(directory, 0), run, pace)
-        if one_core:
+    async with contextlib.AsyncExitStack() as stack:
+        directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="tandem-bench-"))
+        if pacing.checkpoint is None:
+            (Path(directory) / "tokenizer.json").write_bytes(orjson.dumps(timing_spec()))
+        tokenizer = Tokenizer.load(Path(pacing.checkpoint or directory))
+        first_time_id = tokenizer.token_id("0000")
+        pace = Pace(pacing.period_s, tokenizer.encode("a")[0], 1)
+        if first_time_id is not None:
+            pace = Pace(pacing.period_s, first_time_id)
+        spec = SurfaceSpec(
+            config=NodeConfig(
+                port=free_port(),
+                api_processes=pacing.num_processes,
+                engine=EngineConfig(model=pacing.checkpoint or directory),
+                api=ApiSettings(max_concurrent_requests=1 << 20),
+            ),
+            info=EngineInfo(
+                model_id="paced",
+                max_model_len=pacing.max_model_len,
+                vocab_size=tokenizer.vocab_size,
+                role="standalone",
+            ),
+            directory=directory,
+        )
+        if pacing.one_core:
             os.sched_setaffinity(0, other_cores)
+        engine = EngineProcess("paced", spec.channel(0), run, pace)
         engine.start()
-        try:
-            await engine.wait_ready(30.0)
-            if one_core:
-                os.sched_setaffinity(0, api_cores)
-            client = NodeEngineClient(info, [engine], lambda _: None, recompute=False)
-            settings = ApiSettings(max_concurrent_requests=1 << 20)
-            runner = web.AppRunner(
-                build_app(client, tokenizer, settings, CollectorRegistry()), access_log=None, shutdown_timeout=0.1
-            )
-            await runner.setup()
-            await web.TCPSite(runner, "127.0.0.1", 0, backlog=4096).start()
-            address_of.send(runner.addresses[0][:2])
-            await asyncio.to_thread(address_of.poll, None)
-            await runner.cleanup()
-        finally:
-            await engine.stop(2.0)
+        stack.push_async_callback(engine.stop, 2.0)
+        await engine.wait_ready(30.0)
+        others = await stack.enter_async_context(api_processes(spec, 30.0))
+        if pacing.one_core:
+            os.sched_setaffinity(0, api_cores)
+        surface = HttpSurface(spec, [engine], tokenizer)
+        stack.push_async_callback(surface.close)
+        await surface.open()
+        pids = [os.getpid(), *(process.pid for process in others)]
+        address_of.send(((spec.config.host, spec.config.port), pids))
+        await asyncio.to_thread(address_of.poll, None)
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port: int = probe.getsockname()[1]
+    return port
 
 
 class StreamReader(asyncio.Protocol):
@@ -122,15 +153,22 @@ class StreamReader(asyncio.Protocol):
             self._ended.set_result(None)
 
 
-def cpu_s(pid: int) -> tuple[float, float]:
-    """Processor seconds a process has used: its own, and the kernel's for it."""
+def cpu_s(pids: Sequence[int]) -> tuple[float, float]:
+    """Processor seconds that processes have used: their own, and the kernel's for them."""
+    used = [_cpu_s_of(pid) for pid in pids]
+    return sum(user for user, _ in used), sum(kernel for _, kernel in used)
+
+
+def _cpu_s_of(pid: int) -> tuple[float, float]:
     with open(f"/proc/{pid}/stat") as stat:
         fields = stat.read().rpartition(")")[2].split()
     ticks_per_s = os.sysconf("SC_CLK_TCK")
     return int(fields[11]) / ticks_per_s, int(fields[12]) / ticks_per_s
 
 
-async def measure(address: tuple[str, int], pid: int, path: str, num_streams: int, num_tokens: int) -> dict[str, float]:
+async def measure(
+    address: tuple[str, int], pids: Sequence[int], path: str, num_streams: int, num_tokens: int
+) -> dict[str, float]:
     """One row: all streams at once, from their start to their end.
 
     Times and costs are those of the steady part: every stream has begun and none has ended.
@@ -147,13 +185,17 @@ async def measure(address: tuple[str, int], pid: int, path: str, num_streams: in
     async with asyncio.timeout(300):
         while not all(delays_ms):  # noqa: ASYNC110 (an event per stream would cost the streams more)
             await asyncio.sleep(0.02)
-        begun, first, early = time.monotonic(), cpu_s(pid), [len(delays) for delays in delays_ms]
+        begun, first, early = time.monotonic(), cpu_s(pids), [len(delays) for delays in delays_ms]
         await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
-        took_s, last, late = time.monotonic() - begun, cpu_s(pid), [len(delays) for delays in delays_ms]
+        took_s, last, late = time.monotonic() - begun, cpu_s(pids), [len(delays) for delays in delays_ms]
         await asyncio.gather(*ends)
     steady = sorted(
         delay for delays, start, end in zip(delays_ms, early, late, strict=True) for delay in delays[start:end]
     )
+    if not steady:
+        raise SystemExit(
+            "the first stream ended before the last began: this machine is too busy, or --seconds too short"
+        )
     user_s, kernel_s = last[0] - first[0], last[1] - first[1]
     return {
         "streams": num_streams,
@@ -168,18 +210,16 @@ async def measure(address: tuple[str, int], pid: int, path: str, num_streams: in
     }
 
 
-@contextmanager
-def process(target: Callable[..., None], *args: Any, **options: Any) -> Iterator[tuple[tuple[str, int], int]]:
-    """A server in a process of its own, from its start to its end: its address and pid."""
+@contextlib.contextmanager
+def process(target: Callable[..., None], *args: Any, **options: Any) -> Iterator[tuple[tuple[str, int], list[int]]]:
+    """A server in a process of its own, from its start to its end: its address, and the pids that do its work."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     server = context.Process(target=target, args=(theirs, *args), kwargs=options)
     server.start()
     theirs.close()
     try:
-        address = ours.recv()
-        assert server.pid is not None
-        yield address[:2], server.pid
+        yield ours.recv()
     finally:
         ours.close()
         server.join(10)
@@ -209,21 +249,22 @@ async def main(options: argparse.Namespace) -> None:
     path = "/v1/chat/completions" if options.path == "chat" else "/v1/completions"
     period_s = options.period_ms / 1000
     num_tokens = int(options.seconds / period_s)
-    print(f"{path}, one token per stream every {options.period_ms:g} ms, {num_tokens} tokens a stream, one core")
+    print(f"{path}, one token per stream every {options.period_ms:g} ms, {num_tokens} tokens a stream, "
+          f"{options.processes} API process(es)")  # fmt: skip
     heads = [f"{column:>{len(f'{0:{form}}')}}" for column, form in COLUMNS.items()]
     print(f"{'':>5} {' '.join(heads)}  keeps up")
     api_cores, other_cores = cores()
     os.sched_setaffinity(0, api_cores)
-    with process(bare_streams.serve, period_s, num_tokens) as (address, pid):
+    with process(bare_streams.serve, period_s, num_tokens) as (address, pids):
         os.sched_setaffinity(0, other_cores)
         for num_streams in options.bare:
             show(
-                "bare", await measure(address, pid, "/v1/chat/completions", num_streams, num_tokens), options.period_ms
+                "bare", await measure(address, pids, "/v1/chat/completions", num_streams, num_tokens), options.period_ms
             )
-    with process(serve, period_s, one_core=True) as (address, pid):
-        await measure(address, pid, path, 8, 20)
+    with process(serve, period_s, one_core=True, num_processes=options.processes) as (address, pids):
+        await measure(address, pids, path, 8, 20)
         for num_streams in options.streams:
-            show("api", await measure(address, pid, path, num_streams, num_tokens), options.period_ms)
+            show("api", await measure(address, pids, path, num_streams, num_tokens), options.period_ms)
 
 
 def _counts(text: str) -> list[int]:
@@ -235,6 +276,7 @@ def options() -> argparse.Namespace:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--streams", type=_counts, default="256,512,640,768,896,1024")
     parser.add_argument("--bare", type=_counts, default="512", help="numbers of streams for the peer")
+    parser.add_argument("--processes", type=int, default=1, help="API processes of the node")
     parser.add_argument("--period-ms", type=float, default=20.0)
     parser.add_argument("--seconds", type=float, default=8.0)
     parser.add_argument("--path", choices=("chat", "completions"), default="chat")

@@ -54,6 +54,10 @@ class ApiProcess:
             if not self._ready.done():
                 self._ready.set_result(None)
 
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
     async def wait_ready(self, deadline_s: float) -> None:
         """Raises ProcessDied."""
         assert self._ready is not None
