@@ -9,8 +9,10 @@ allows. What each says is printed when it ends and kept in DIR/STAGE.txt; DIR/su
     compile     CUDA C++ kernels
     sublayers   every sublayer of the tiny model and of a Flash-wide slice against the CPU in float32, same inputs
     engine      captured against eager, ahead against in turn, alone against in company, tiny model
-    warm        a decode step and a prompt chunk of a Flash-wide slice, for its kernels' compilation and their profile
+    warm-decode, warm-prefill
+                decode steps and a prompt chunk of a Flash-wide slice: their kernels are compiled before they are timed
     full        decode steps and a prompt chunk at 43 layers
+    mixed       64 requests of 1K to 128K tokens through a Flash-wide slice, pages audited; replay and company there too
     memory      what the largest steps need
     handoff     states from one process to another through device memory, where Mooncake's CUDA wheel is installed
 """
@@ -36,7 +38,7 @@ from typing import IO, Any
 import msgspec
 import torch
 
-from benchmarks.gpu_rank import Rank, build_rank, first_layers, generate, on_cpu
+from benchmarks.gpu_rank import PAGE_TOKENS, Rank, build_rank, first_layers, generate, on_cpu
 from engine.activations import activation_bytes, probe_batch
 from engine.memory import PoolSizes
 from kernels import cuda_build
@@ -51,8 +53,8 @@ from model.presets import flash, tiny
 from model.state import StateViews
 from model.transformer import Transformer
 
-TOGETHER = ("compile", "sublayers", "engine", "warm")
-ALONE = ("full", "memory", "handoff")
+TOGETHER = ("compile", "sublayers", "engine", "warm-decode", "warm-prefill")
+ALONE = ("full", "mixed", "memory", "handoff")
 SLACK = 0.02
 """Relative error (Frobenius) granted beyond one and a half times that of the same sublayer in bfloat16 on the CPU:
 quantised values and index choices that are near a boundary fall to either side."""
@@ -243,7 +245,7 @@ def stage_engine(device: str = "cuda:0") -> None:
     for one, other in (("eager, in turn", "eager, ahead"), ("captured, ahead", "captured, in turn")):
         if one in tokens and other in tokens:
             check(f"{one} = {other}", tokens[one] == tokens[other], "greedy tokens")
-    attempt("alone = in company", lambda: compare_company(rank, prompts))
+    attempt("alone = in company", lambda: compare_company(rank))
     attempt("every sampling feature", lambda: sample_everything(rank, prompts, settings))
 
 
@@ -273,7 +275,7 @@ def compare_replay(rank: Rank) -> None:
         check(f"replay, {name}", torch.equal(one, other), "bit for bit")
 
 
-def compare_company(rank: Rank, prompts: list[list[int]]) -> None:
+def compare_company(rank: Rank) -> None:
     """Logits of a decode token alone and beside 15 others."""
     for pool in (rank.memory.pages, rank.memory.slots):
         pool.random_(0x20, 0x40)
@@ -311,8 +313,8 @@ def sample_everything(rank: Rank, prompts: list[list[int]], settings: dict[str, 
     check("seeded sampling, ahead = in turn", results[0] == results[1], "all features")
 
 
-def stage_warm() -> None:
-    run_module("benchmarks.gpu_step", "--layers", str(SLICE_LAYERS), "--batches", "256", "--chunk", "16384")
+def stage_warm(batches: str, chunk: int) -> None:
+    run_module("benchmarks.gpu_step", "--layers", str(SLICE_LAYERS), "--batches", batches, "--chunk", str(chunk))
 
 
 def stage_full(out: Path, left_s: float) -> None:
@@ -320,6 +322,31 @@ def stage_full(out: Path, left_s: float) -> None:
         "benchmarks.gpu_step", "--batches", "256,64,512", "--chunk", "16384", "--profile", str(out / "profiles"),
         "--deadline-s", str(max(5.0, left_s - 25)),
     )  # fmt: skip
+
+
+def stage_mixed() -> None:
+    lengths = [131_072 - 64, *[32_768] * 3, *[8192] * 12, *[1000] * 48]
+    pages = sum(-(-(length + 32) // PAGE_TOKENS) for length in lengths) + 80
+    sizes = PoolSizes(num_pages=pages, num_slots=64, max_model_len=131_072)
+    rank = build_rank(first_layers(flash(), SLICE_LAYERS), sizes, "cuda:0", ranks=4)
+    attempt("replay = eager on the same inputs", lambda: compare_replay(rank))
+    attempt("alone = in company", lambda: compare_company(rank))
+    prompts = [
+        [10 + (7 * place + number) % 100_000 for place in range(length)] for number, length in enumerate(lengths)
+    ]
+
+    def run() -> None:
+        engine = rank.engine(async_scheduling="on", cudagraph_capture_sizes=(64,))
+        started = time.monotonic()
+        tokens = generate(engine, prompts, 16)
+        stats = engine.stats()
+        whole = all(len(answer) == 16 for answer in tokens)
+        returned = (stats.pages_free, stats.slots_free) == (stats.pages_total, stats.slots_total)
+        took_s = time.monotonic() - started
+        check("every request answered", whole, f"{sum(lengths)} prompt tokens in {took_s:.1f} s, {stats.steps} steps")
+        check("every page and slot came back", returned, f"{stats.pages_free} of {stats.pages_total} pages")
+
+    attempt("64 requests of mixed lengths", run)
 
 
 def stage_memory() -> None:
@@ -365,10 +392,16 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.only:
         stages: dict[str, Callable[[], None]] = {
-            "compile": stage_compile, "sublayers": stage_sublayers, "engine": stage_engine, "warm": stage_warm,
-            "full": lambda: stage_full(arguments.out, arguments.deadline_s), "memory": stage_memory,
+            "compile": stage_compile,
+            "sublayers": stage_sublayers,
+            "engine": stage_engine,
+            "warm-decode": lambda: stage_warm("256,64,512", 0),
+            "warm-prefill": lambda: stage_warm("", 16384),
+            "full": lambda: stage_full(arguments.out, arguments.deadline_s),
+            "mixed": stage_mixed,
+            "memory": stage_memory,
             "handoff": stage_handoff,
-        }  # fmt: skip
+        }
         stages[arguments.only]()
         return 0
     arguments.out.mkdir(parents=True, exist_ok=True)

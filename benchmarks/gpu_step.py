@@ -65,7 +65,7 @@ def main() -> int:
     if arguments.chunk:
         # After the first batch: the most important numbers first.
         prefill = partial(_prefill, rank, arguments.chunk, share, arguments.profile)
-        rows.insert(1, (f"prefill {arguments.chunk}", prefill))
+        rows.insert(min(1, len(rows)), (f"prefill {arguments.chunk}", prefill))
     failed = 0
     for what, measure in rows:
         if time.monotonic() - started > arguments.deadline_s:
@@ -84,6 +84,7 @@ def main() -> int:
 
 def _build(layers: int, batches: list[int], context: int, chunk: int) -> Rank:
     most = max(batches, default=1)
+    context = context if batches else 0
     length = max(context + PAGE_TOKENS, chunk + PAGE_TOKENS)
     pages = max(most * (context // PAGE_TOKENS + 2), chunk // PAGE_TOKENS + 2) + 8
     sizes = PoolSizes(num_pages=pages, num_slots=most, max_model_len=length)
