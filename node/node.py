@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import logging
 import socket
-import tempfile
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Literal
@@ -30,6 +29,7 @@ from node.membership import Membership, describe
 from node.worker import WorkerSpec, run_rank
 from runtime.channel import ChannelAddress
 from runtime.errors import ProcessDied
+from runtime.scratch import scratch_directory
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ async def serve(config: NodeConfig, role: Role, stopping: asyncio.Event) -> None
     vocab_size = ModelConfig.load(Path(config.engine.model)).vocab_size
     tokenizer = Tokenizer.load(Path(config.engine.model))
     async with contextlib.AsyncExitStack() as stack:
-        directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="tandem-"))
+        directory = stack.enter_context(scratch_directory())
         engines = await stack.enter_async_context(engine_processes(config, role, directory))
         spec = SurfaceSpec(config=config, info=_info(config, role, engines, vocab_size), directory=directory)
         processes = await stack.enter_async_context(api_processes(spec, config.ready_timeout_s))
