@@ -8,6 +8,7 @@ import uuid
 PREFIX = "resp_"
 TAG_CHARS = 8
 MAX_PROCESSES = 256
+_ITEM_ID = re.compile(r"[a-z]+_([0-9a-f]{40})_\d+")
 _ID = re.compile(rf"{PREFIX}([0-9a-f]{{{TAG_CHARS}}})([0-9a-f]{{2}})[0-9a-f]{{30}}")
 
 
@@ -24,6 +25,12 @@ def process_of(response_id: str) -> int | None:
     """The API process, within its node, that made the response; None for what is no id of ours."""
     found = _ID.fullmatch(response_id)
     return None if found is None else int(found[2], 16)
+
+
+def response_of_item(item_id: str) -> str | None:
+    """The response that an output item belongs to; None for what is no id of ours."""
+    found = _ITEM_ID.fullmatch(item_id)
+    return None if found is None else PREFIX + found[1]
 
 
 def is_kept_by(response_id: str, node_id: str) -> bool:

@@ -18,9 +18,10 @@ from api.response_store import Items
 from api.responses_format import ResponsesResponse, ResponsesShape
 from api.responses_request import Conversation, input_items, to_chat
 from api.responses_schema import InputBody, ResponsesBody
-from api.responses_stored import stored
+from api.responses_stored import find_item, stored
 from api.responses_tools import ToolTable
 from api.sampling import check_logprobs
+from runtime.errors import RequestError
 
 FIELD_NAMES = {
     "messages": "input",
@@ -38,7 +39,8 @@ async def responses(request: web.Request) -> web.StreamResponse:
     arrived = now()
     body = decode(await request.read(), ResponsesBody)
     with context.limiter.slot():
-        earlier, items = earlier_items(context, body), input_items(body.input)
+        earlier = earlier_items(context, body)
+        items = resolved(input_items(body.input), body, context)
         conversation = Conversation(body.instructions, earlier, items)
         table = ToolTable(body.tools or ())
         with renamed_fields(FIELD_NAMES, conversation.places):
@@ -77,7 +79,8 @@ async def input_tokens(request: web.Request) -> web.Response:
     """POST /v1/responses/input_tokens: how many tokens the prompt of such a request has."""
     context = request.app[CONTEXT]
     body = decode(await request.read(), InputBody)
-    conversation = Conversation(body.instructions, earlier_items(context, body), input_items(body.input))
+    items = resolved(input_items(body.input), body, context)
+    conversation = Conversation(body.instructions, earlier_items(context, body), items)
     with renamed_fields(FIELD_NAMES, conversation.places):
         chat = to_chat(body, conversation.messages, ToolTable(body.tools or ()))
         context.model_of(chat.model)
@@ -93,6 +96,22 @@ def earlier_items(context: Context, body: InputBody) -> Items:
     if body.previous_response_id is None:
         return []
     return stored(context, body.previous_response_id, "previous_response_id").conversation()
+
+
+def resolved(items: Items, body: InputBody, context: Context) -> Items:
+    """The items, with what is meant in the place of each `item_reference`. Raises RequestError (404) if one is gone."""
+    if not any(item.get("type") == "item_reference" for item in items):
+        return items
+    given = {item.get("id"): item for item in body.referenced_items or ()}
+    full: Items = []
+    for index, item in enumerate(items):
+        if item.get("type") == "item_reference":
+            item_id, where = item.get("id"), f"input.{index}.id"
+            if not isinstance(item_id, str):
+                raise RequestError(f"{where}: must be a string", param=where)
+            item = given.get(item_id) or find_item(context, item_id, where)
+        full.append(item)
+    return full
 
 
 def tool_warning(table: ToolTable) -> dict[str, str]:

@@ -70,6 +70,8 @@ class InputBody(msgspec.Struct, frozen=True, kw_only=True):
     previous_response_id: str | None = None
     previous_items: list[dict[str, Any]] | None = None
     """The conversation up to `previous_response_id`, from a router that asked the node that keeps it."""
+    referenced_items: list[dict[str, Any]] | None = None
+    """What `item_reference` items mean, from the same router."""
     reasoning: ReasoningConfig | None = None
     text: TextConfig | None = None
     tools: list[ResponsesTool] | None = None

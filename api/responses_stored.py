@@ -7,6 +7,7 @@ from aiohttp import web
 
 from api.context import CONTEXT, Context
 from api.jsonio import json_response
+from api.response_ids import response_of_item
 from api.response_store import Items, StoredResponse
 from runtime.errors import RequestError
 
@@ -21,6 +22,16 @@ def stored(context: Context, response_id: str, param: str = "response_id") -> St
         code = "previous_response_not_found" if param == "previous_response_id" else "response_not_found"
         raise RequestError(f"{param}: no such response is kept here", param=param, status=404, code=code)
     return found
+
+
+def find_item(context: Context, item_id: str, param: str) -> dict[str, Any]:
+    """An item of a conversation that is kept here. Raises RequestError (404)."""
+    response_id = response_of_item(item_id)
+    found = None if response_id is None else context.store.get(response_id)
+    for item in () if found is None else found.conversation():
+        if item.get("id") == item_id:
+            return item
+    raise RequestError(f"{param}: no such item is kept here", param=param, status=404, code="item_not_found")
 
 
 async def get_response(request: web.Request) -> web.Response:

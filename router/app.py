@@ -163,7 +163,7 @@ def _input_tokens(service: "RouterService") -> Handler:
     async def handle(request: web.Request) -> web.StreamResponse:
         headers = _plain_headers(request)
         question = Request(request.path, headers, await request.read(), "", max_choices=1)
-        refusal = await service.kept_responses.add_conversation(question)
+        refusal = await service.kept_responses.add_what_is_kept(question)
         return _passed(refusal or await service.any_node.ask("POST", request.path, headers, question.raw))
 
     return handle

@@ -51,7 +51,7 @@ async def generate(
     try:
         max_choices = service.config.requests.max_choices
         request = Request(path + query, headers, raw, request_id, max_choices=max_choices)
-        refusal = await service.kept_responses.add_conversation(request) if path == RESPONSES else None
+        refusal = await service.kept_responses.add_what_is_kept(request) if path == RESPONSES else None
         if refusal is None:
             await service.dispatcher.serve(request, sink)
         else:

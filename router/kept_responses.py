@@ -5,8 +5,11 @@ keeper for the conversation so far and adds it to the body of both legs. Nothing
 """
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
-from api.response_ids import is_kept_by
+import orjson
+
+from api.response_ids import is_kept_by, response_of_item
 from router.errors import RouteError
 from router.proxy import Proxied, ask, forwarded
 from router.registry import Node, Registry
@@ -16,6 +19,9 @@ from runtime.errors import RequestError
 
 RESPONSES = "/v1/responses"
 CONVERSATION_MEMBER = "previous_items"
+REFERENCED_MEMBER = "referenced_items"
+MAX_REFERENCED = 64
+"""Conversations that are fetched for the references of one request."""
 _ANSWER_S = 30.0
 
 
@@ -63,17 +69,49 @@ class KeptResponses:
                 code="upstream_failed",
             ) from None
 
-    async def add_conversation(self, request: Request) -> Proxied | None:
-        """Give a follow-up what it goes on from. Returns the keeper's answer if that is a refusal.
+    async def add_what_is_kept(self, request: Request) -> Proxied | None:
+        """Give a request what it goes on from and refers to. Returns the keeper's answer if that is a refusal.
 
         Raises RequestError (404) when no node keeps the response, RouteError when its keeper does not answer.
         """
+        await self._add_referenced(request)
         response_id = request.fields.get("previous_response_id")
         if not isinstance(response_id, str):
             return None  # none, or a mistake that the nodes will name
-        node = self.keeper(response_id, "previous_response_id")
-        answer = await self.ask(node, "GET", f"{RESPONSES}/{response_id}/conversation", request.headers)
+        answer = await self._conversation(response_id, "previous_response_id", request.headers)
         if answer.head.status != 200:
             return answer
         request.add_member(CONVERSATION_MEMBER, answer.body)
         return None
+
+    async def _conversation(self, response_id: str, param: str, headers: Mapping[str, str]) -> Proxied:
+        node = self.keeper(response_id, param)
+        return await self.ask(node, "GET", f"{RESPONSES}/{response_id}/conversation", headers)
+
+    async def _add_referenced(self, request: Request) -> None:
+        """The items that `item_reference` items mean. What is not found the nodes will name."""
+        wanted = _references(request.fields.get("input"))
+        found: dict[str, Any] = {}
+        # The newest conversation holds what went before it.
+        asked: set[str] = set()
+        for item_id in reversed(wanted):
+            response_id = response_of_item(item_id)
+            if item_id in found or response_id is None or response_id in asked:
+                continue
+            if len(asked) == MAX_REFERENCED:
+                break
+            asked.add(response_id)
+            answer = await self._conversation(response_id, "input", request.headers)
+            if answer.head.status == 200:
+                items = {item.get("id"): item for item in orjson.loads(answer.body)}
+                found |= {wanted_id: items[wanted_id] for wanted_id in wanted if wanted_id in items}
+        if found:
+            request.add_member(REFERENCED_MEMBER, orjson.dumps(list(found.values())))
+
+
+def _references(items: Any) -> list[str]:
+    """The ids in the input that stand for items."""
+    if not isinstance(items, list):
+        return []
+    references = [item for item in items if isinstance(item, dict) and item.get("type") == "item_reference"]
+    return [item["id"] for item in references if isinstance(item.get("id"), str)]

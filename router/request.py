@@ -12,7 +12,7 @@ from runtime.errors import RequestError
 
 _numbers = itertools.count(1)
 
-_ROUTERS_OWN = ("kv_transfer_params", "previous_items")
+_ROUTERS_OWN = ("kv_transfer_params", "previous_items", "referenced_items")
 """Members that only a router sets: a client must not name a transfer, and what it says belongs into `input`."""
 _SESSION_HEADERS = ("x-session-id", "x-user-id", "x-tenant-id")
 _SESSION_FIELDS = ("session_id", "prompt_cache_key", "user", "user_id")

@@ -83,6 +83,21 @@ async def test_a_stored_response_is_read_counted_and_deleted_where_it_is_kept(
                 await ask(response.id)
 
 
+async def test_references_are_found_on_whichever_node_keeps_their_items(
+    cluster: SurfaceCluster, client: openai.AsyncOpenAI
+) -> None:
+    items: list[Any] = []
+    for number in range(3):
+        items.append({"role": "user", "content": f"Q{number}"})
+        cluster.script(f"T</think>A{number}")
+        response = await client.responses.create(model="tiny", input=items)
+        items += [{"type": "item_reference", "id": item.id} for item in response.output]
+    assert "Q0<｜Assistant｜></think>A0<｜end▁of▁sentence｜><｜User｜>Q1<｜Assistant｜></think>A1" in cluster.prompt()
+    assert all(node.engine.submitted for node in cluster.decodes)
+    with pytest.raises(openai.NotFoundError):
+        await client.responses.create(model="tiny", input=[{"type": "item_reference", "id": "msg_x"}])
+
+
 async def test_what_was_not_stored_is_not_found(cluster: SurfaceCluster, client: openai.AsyncOpenAI) -> None:
     cluster.script("</think>A")
     response = await client.responses.create(model="tiny", input="Q", store=False)

@@ -218,7 +218,7 @@ async def test_a_failure_in_the_middle_is_an_event(server: Server) -> None:
         ({"input": 5}, "input"),
         ({"input": [{"role": "king", "content": "x"}]}, "input"),
         ({"input": [{"role": "user", "content": 5}]}, "input"),
-        ({"input": [{"type": "item_reference", "id": "x"}]}, "input"),
+        ({"input": [{"type": "item_reference", "id": 5}]}, "input"),
         ({"input": [{"type": "function_call_output", "call_id": "x"}]}, "input"),
         ({"input": [{"role": "assistant"}]}, "input"),
         ({"input": [{"type": [], "role": "user", "content": "x"}]}, "input"),
@@ -355,6 +355,26 @@ def call_of(name: str, key: str, value: str) -> str:
     return (
         f'\n\n<｜DSML｜tool_calls>\n<｜DSML｜invoke name="{name}">\n{parameter}</｜DSML｜invoke>\n</｜DSML｜tool_calls>'
     )
+
+
+async def test_items_that_were_kept_can_be_referred_to(server: Server, client: openai.AsyncOpenAI) -> None:
+    server.engine.script("T</think>Let me see." + calls(WEATHER))
+    items: list[Any] = [{"role": "user", "content": "hi"}]
+    first = await client.responses.create(model="tiny", input=items, tools=TOOLS)
+    items += [{"type": "item_reference", "id": item.id} for item in first.output]
+    call: Any = first.output[-1]
+    items.append({"type": "function_call_output", "call_id": call.call_id, "output": "sunny"})
+    server.engine.script("D</think>ok")
+    second = await client.responses.create(model="tiny", input=items, tools=TOOLS)
+    assert "hi<｜Assistant｜><think>T</think>Let me see." + calls(WEATHER) in prompt_of(server)
+    listed = [item async for item in client.responses.input_items.list(second.id, order="asc")]
+    assert [item.type for item in listed] == [
+        "message", "reasoning", "message", "function_call", "function_call_output"
+    ]  # fmt: skip
+    for unknown in ("x", "msg_" + "0" * 40 + "_0", f"{first.output[0].id}9"):
+        with pytest.raises(openai.NotFoundError) as caught:
+            await client.responses.create(model="tiny", input=[{"type": "item_reference", "id": unknown}])
+        assert caught.value.code == "item_not_found"
 
 
 async def test_a_custom_tool_takes_and_gives_free_text(server: Server, client: openai.AsyncOpenAI) -> None:
