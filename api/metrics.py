@@ -46,6 +46,12 @@ GAUGES: dict[str, tuple[str, Callable[[EngineStats], float]]] = {
     "pages": ("Pages of the pool.", lambda s: s.pages_total),
     "pages_free": ("Pages that nothing holds.", lambda s: s.pages_free),
     "pages_quarantined": ("Pages waiting for an unfinished read to end.", lambda s: s.pages_quarantined),
+    "transfer_reads_in_flight": ("Reads under way.", lambda s: s.transfer.reads_in_flight if s.transfer else 0),
+    "transfer_oldest_read_seconds": (
+        "Age of the oldest read under way.",
+        lambda s: s.transfer.oldest_read_s if s.transfer else 0.0,
+    ),
+    "transfer_peers": ("Open streams to other ranks.", lambda s: s.transfer.peers if s.transfer else 0),
     "slots": ("Slots of the pool.", lambda s: s.slots_total),
     "slots_free": ("Slots that nothing holds.", lambda s: s.slots_free),
 }
@@ -60,6 +66,31 @@ COUNTERS: dict[str, tuple[str, Callable[[EngineStats], float]]] = {
     "transfers_failed": ("States that did not arrive.", lambda s: s.transfers_failed),
     "requests_recomputed": ("Requests computed again after a failed transfer.", lambda s: s.recomputed),
     "received_bytes": ("Bytes of state received.", lambda s: s.bytes_received),
+    "transfer_reads": ("Reads of state that ended well.", lambda s: s.transfer.reads_done if s.transfer else 0),
+    "transfer_reads_failed": (
+        "Reads of state that failed; the transfer may have been tried again.",
+        lambda s: s.transfer.reads_failed if s.transfer else 0,
+    ),
+    "transfer_claims_refused": (
+        "Claims of other ranks that were refused.",
+        lambda s: s.transfer.claims_refused if s.transfer else 0,
+    ),
+    "transfer_leases_lapsed": (
+        "Reads discarded because they ended after their lease.",
+        lambda s: s.transfer.leases_lapsed if s.transfer else 0,
+    ),
+    "transfer_sends_expired": (
+        "States given up because nobody fetched them in time.",
+        lambda s: s.transfer.sends_ended.get("expired", 0) if s.transfer else 0,
+    ),
+    "transfer_sends_released": (
+        "States given up because their router said so.",
+        lambda s: s.transfer.sends_ended.get("released", 0) if s.transfer else 0,
+    ),
+    "transfer_engine_recreations": (
+        "Times the transfer engine was made anew.",
+        lambda s: s.transfer.recreations if s.transfer else 0,
+    ),
     "external_prefix_cache_queries": (
         "Prompt tokens whose state was to come from elsewhere.",
         lambda s: s.tokens_asked_for,

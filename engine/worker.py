@@ -2,7 +2,10 @@
 
 import logging
 import time
+from collections.abc import Callable
 from pathlib import Path
+
+import msgspec
 
 from engine.engine import Engine
 from engine.expert_load import ExpertLoadReport
@@ -21,6 +24,7 @@ from runtime.requests import (
     Shutdown,
     Submit,
     ToEngine,
+    TransferStats,
 )
 
 log = logging.getLogger(__name__)
@@ -29,7 +33,13 @@ log = logging.getLogger(__name__)
 class EngineWorker:
     """Serves one engine on one channel until `Shutdown`. Everything runs on the calling thread."""
 
-    def __init__(self, engine: Engine, channel: EngineChannel, expert_load: ExpertLoadReport | None) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        channel: EngineChannel,
+        expert_load: ExpertLoadReport | None = None,
+        transfer_stats: Callable[[], TransferStats | None] = lambda: None,
+    ) -> None:
         self._engine = engine
         self._channel = channel
         self._interval_s = engine.config.stats_interval_s
@@ -41,6 +51,7 @@ class EngineWorker:
             self._tracer = StepTracer(Path(config.profiler_dir), config.profiler_steps, engine.rank)
             self._tracer.listen()
         self._expert_load = expert_load
+        self._transfer_stats = transfer_stats
 
     def run(self, ready: EngineReady) -> None:
         """Announce the rank and serve. Returns on `Shutdown`.
@@ -102,7 +113,7 @@ class EngineWorker:
         if now < self._next_stats:
             return
         self._next_stats = now + self._interval_s
-        stats = self._engine.stats()
+        stats = msgspec.structs.replace(self._engine.stats(), transfer=self._transfer_stats())
         if stats != self._sent:
             self._sent = stats
             self._channel.send(stats)
@@ -111,14 +122,18 @@ class EngineWorker:
 
 
 def run_worker(
-    engine: Engine, channel: EngineChannel, ready: EngineReady, expert_load: ExpertLoadReport | None = None
+    engine: Engine,
+    channel: EngineChannel,
+    ready: EngineReady,
+    expert_load: ExpertLoadReport | None = None,
+    transfer_stats: Callable[[], TransferStats | None] = lambda: None,
 ) -> None:
     """Serve and close the channel, whatever ends the loop. Raises what `EngineWorker.run` raises.
 
-    expert_load: counters to tell as well."""
+    expert_load: counters to tell as well. transfer_stats: called for each report; it must not wait."""
     calm_garbage_collector()
     try:
-        EngineWorker(engine, channel, expert_load).run(ready)
+        EngineWorker(engine, channel, expert_load, transfer_stats).run(ready)
     except TandemError as error:
         log.error("engine rank %d ends: %s", ready.rank, error)
         raise

@@ -19,9 +19,9 @@ from kv_transfer.config import TransferConfig
 from kv_transfer.core import TransferCore
 from kv_transfer.format import StateFormat
 from kv_transfer.regions import MemoryRegion, ReadBytes, read_host_bytes
-from kv_transfer.stats import AgentStats
 from kv_transfer.wire import check_id
 from runtime.errors import TransferError
+from runtime.requests import TransferStats
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -227,9 +227,14 @@ class TransferAgent:
             events.append(event)
         return events
 
-    def stats(self) -> AgentStats:
+    def stats(self) -> TransferStats:
         """A snapshot; waits for the transfer thread to take it."""
         return self._ask(self._core.stats)
+
+    @property
+    def latest_stats(self) -> TransferStats | None:
+        """A snapshot of about half a second ago, without waiting; None before the first."""
+        return self._core.latest_stats
 
     def check_integrity(self) -> None:
         """Raises AssertionError naming the transfer, page, read or timer that is leaked or inconsistent.

@@ -21,10 +21,11 @@ from kv_transfer.receiver import Receiver
 from kv_transfer.regions import MemoryRegion, ReadBytes
 from kv_transfer.sender import Sender
 from kv_transfer.service import HandoffService
-from kv_transfer.stats import AgentStats, TransferCounters
+from kv_transfer.stats import TransferCounters
 from kv_transfer.threads import run_in_thread
 from proto import handoff_pb2_grpc as pb_grpc
 from runtime.grpc import bind, open_server
+from runtime.requests import TransferStats
 
 log = logging.getLogger(__name__)
 
@@ -70,6 +71,8 @@ class TransferCore:
         self._recreated_at = 0.0
         self.epoch = ""
         self.address = ""
+        self.latest_stats: TransferStats | None = None
+        """At most `_WATCH_EVERY_S` old; for other threads to look at."""
         self.sender = Sender(
             config,
             slots=slots,
@@ -230,6 +233,7 @@ class TransferCore:
         """Re-create the engine when quarantine grows too large, a read never ends, or a session is wedged."""
         while True:
             await asyncio.sleep(_WATCH_EVERY_S)
+            self.latest_stats = self.stats()
             reason = self._trouble() or await self._wedged()
             if reason is not None and not self.receiver.reader.is_opening:
                 self._recreate_engine(reason)
@@ -256,10 +260,10 @@ class TransferCore:
 
     # ---- looking at it ----------------------------------------------------------------------------------------------
 
-    def stats(self) -> AgentStats:
+    def stats(self) -> TransferStats:
         counters, reader, quarantine = self._counters, self.receiver.reader, self.receiver.quarantine
         oldest = reader.oldest_submitted
-        return AgentStats(
+        return TransferStats(
             reads_submitted=counters.reads_submitted,
             reads_done=counters.reads_done,
             reads_failed=counters.reads_failed,

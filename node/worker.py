@@ -128,7 +128,13 @@ def _serve(channel: EngineChannel, rank: int, spec: WorkerSpec) -> None:
         if member is not None:
             # With ranks on other nodes this one's readiness says nothing yet.
             member.lockstep.begin(spec.config.ready_timeout_s)
-        run_worker(engine, channel, ready, expert_load)
+        run_worker(
+            engine,
+            channel,
+            ready,
+            expert_load,
+            transfer_stats=lambda: transfer.latest_stats if transfer is not None else None,
+        )
     finally:
         if member is not None:
             member.group.close()

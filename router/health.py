@@ -50,7 +50,8 @@ class Proofs:
         """Every pair that could serve now."""
         prefills, decodes = self._registry.targets(Role.PREFILL), self._registry.targets(Role.DECODE)
         if prefills:
-            return [Pair(prefill, decode) for prefill in prefills for decode in decodes]
+            alone = [Pair(None, decode) for decode in decodes if not decode.receives]
+            return [Pair(prefill, decode) for prefill in prefills for decode in decodes if decode.receives] + alone
         return [Pair(None, decode) for decode in decodes if self._fallback and decode.node.info.local_prefill]
 
     def proven_at(self, pair: Pair) -> float:

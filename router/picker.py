@@ -51,15 +51,15 @@ class Picker:
                 return Pair(None, self._pick(Role.DECODE, able, request, turn, avoid))
         if not prefills:
             raise no_nodes("No prefill node is up.")
-        return Pair(
-            self._pick(Role.PREFILL, prefills, request, turn, avoid),
-            self._pick(Role.DECODE, decodes, request, turn, avoid),
-        )
+        decode = self._pick(Role.DECODE, decodes, request, turn, avoid)
+        if not decode.receives:
+            return Pair(None, decode)
+        return Pair(self._pick(Role.PREFILL, prefills, request, turn, avoid), decode)
 
     def other_decode(self, request: Request, turn: int, avoid: Iterable[Target]) -> Target | None:
         """A decode rank that is none of `avoid`, or None."""
         avoid = set(avoid)
-        others = tuple(target for target in self._registry.targets(Role.DECODE) if target not in avoid)
+        others = tuple(t for t in self._registry.targets(Role.DECODE) if t not in avoid and t.receives)
         return self._pick(Role.DECODE, others, request, turn, ()) if others else None
 
     def _pick(

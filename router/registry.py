@@ -64,6 +64,11 @@ class Target:
     def name(self) -> str:
         return f"{self.node.info.node_id}/{self.info.rank}"
 
+    @property
+    def receives(self) -> bool:
+        """Decode: whether it can fetch a state. A node that serves alone (`prefill: local`) has no hand-off service."""
+        return bool(self.info.handoff_address) or self.node.info.dialect == "vllm"
+
     def __repr__(self) -> str:
         return f"Target({self.name})"
 

@@ -170,6 +170,35 @@ class Handover(msgspec.Struct, frozen=True, tag="handover", kw_only=True):
     """From Claim to Ready."""
 
 
+class TransferStats(msgspec.Struct, frozen=True, kw_only=True):
+    """A snapshot of one rank's transfer agent. Counts are totals since start unless they say what is there now."""
+
+    reads_submitted: int
+    reads_done: int
+    reads_failed: int
+    bytes_received: int
+    received: int
+    receives_failed: int
+    sends_ended: dict[str, int]
+    """By outcome: "fetched", "released", "expired", "failed"."""
+    claims_refused: int
+    leases_lapsed: int
+    recreations: int
+    """How often the transfer engine was re-created."""
+    sending: int
+    """Transfers opened for sending and not ended, now."""
+    receiving: int
+    """Receives under way, quarantined ones included, now."""
+    reads_in_flight: int
+    oldest_read_s: float
+    """Age of the oldest unfinished read, now."""
+    quarantined_pages: int
+    quarantined_s: float
+    """Age of the oldest quarantine, now."""
+    peers: int
+    """Open streams in both directions, now."""
+
+
 class EngineStats(msgspec.Struct, frozen=True, tag="stats", kw_only=True):
     """Engine -> API: a snapshot, about twice a second and after each change of state."""
 
@@ -205,6 +234,8 @@ class EngineStats(msgspec.Struct, frozen=True, tag="stats", kw_only=True):
     step_tokens: HistogramCounts = HistogramCounts()
     """Tokens computed per step, with `STEP_TOKENS`."""
     draining: bool = False
+    transfer: TransferStats | None = None
+    """None where the rank takes part in no transfers."""
 
 
 class ExpertLoad(msgspec.Struct, frozen=True, tag="expert_load"):

@@ -98,6 +98,8 @@ def listening_ports(process: Process) -> dict[str, int]:
             ports["cluster.port"] = config.cluster.port
         return ports
     ports = {"port": config.port}
+    if config.bootstrap_port is not None:
+        ports["bootstrap_port"] = config.bootstrap_port
     if hands_over(process) and config.transfer.handoff_port:
         for rank in range(config.data_parallel_size):
             ports[f"transfer.handoff_port of rank {rank}"] = config.transfer.handoff_port + rank

@@ -95,6 +95,18 @@ async def compare(session: aiohttp.ClientSession, cluster: Cluster, router: Vllm
             assert expected["usage"]["completion_tokens"] == SETTINGS["max_tokens"]
 
 
+async def until_metric(session: aiohttp.ClientSession, url: str, name: str, *, least: float) -> None:
+    """Nodes report about their transfers a moment later."""
+    deadline = time.monotonic() + 30
+    while True:
+        async with session.get(f"{url}/metrics") as response:
+            lines = (await response.text()).splitlines()
+        if sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(f"{name}{{")) >= least:
+            return
+        assert time.monotonic() < deadline, [line for line in lines if line.startswith(name)]
+        await asyncio.sleep(0.1)
+
+
 async def totals(cluster: Cluster) -> tuple[int, int, int]:
     (decode,) = await ranks(cluster.decode[0].url)
     return decode["transfers_received"], decode["transfers_failed"], decode["recomputed"]
@@ -111,6 +123,8 @@ async def test_its_answers_equal_those_through_our_router(
     after = await totals(cluster)
     assert after[0] - before[0] >= 24, "every prompt was handed over"
     assert after[1:] == before[1:] == (0, 0)
+    await until_metric(session, cluster.decode[0].url, "tandem_transfer_reads_total", least=24)
+    await until_metric(session, cluster.prefill[0].url, "tandem_transfer_peers", least=1)
 
 
 @pytest.mark.asyncio(loop_scope="module")

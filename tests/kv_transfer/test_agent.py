@@ -72,6 +72,17 @@ def test_bytes_are_equal_and_untouched_records_stay_as_they_were(sides):
         side.agent.check_integrity()
 
 
+def test_the_counters_can_be_looked_at_without_waiting(sides):
+    _, decode = sides
+    deadline = time.monotonic() + 30.0
+    while (seen := decode.agent.latest_stats) is None or seen.received < 1:
+        assert time.monotonic() < deadline, seen
+        time.sleep(0.05)
+    assert seen.reads_done >= 2, "pages side by side are read in one go"
+    assert (seen.reads_failed, seen.receiving, seen.reads_in_flight, seen.quarantined_pages) == (0, 0, 0, 0)
+    assert seen.bytes_received == decode.agent.stats().bytes_received == 11 * PAGE + SLOT
+
+
 def test_a_rank_may_fetch_from_itself(sides):
     prefill, _ = sides
     prefill.agent.open_send("self", 256, b"h")

@@ -102,8 +102,12 @@ class StandInNode:
         claim_wait_s: float = 5.0,
         keepalive_s: float = 15.0,
         notes: bool = False,
+        receives: bool = True,
     ) -> None:
-        """`notes`: a decode node tells a router that asks which token each chunk brings; word n is token n."""
+        """`notes`: a decode node tells a router that asks which token each chunk brings; word n is token n.
+
+        `receives`: False for a decode node that serves alone (`prefill: local`) and has no hand-off service.
+        """
         self.world = world
         self.role = role
         self.node_id = node_id or f"{role}-{secrets.token_hex(3)}"
@@ -126,7 +130,7 @@ class StandInNode:
         self.running = 0
         self.queued_tokens = [0] * ranks
         self.states = [HeldStates(secrets.token_hex(16)) for _ in range(ranks)]
-        self.addresses = [f"127.0.0.1:{next(_addresses)}" for _ in range(ranks)]
+        self.addresses = [f"127.0.0.1:{next(_addresses)}" if receives else "" for _ in range(ranks)]
         for address, states in zip(self.addresses, self.states, strict=True):
             world.ranks[address] = states
         self.port = 0

@@ -341,3 +341,22 @@ async def test_a_request_whose_only_node_stays_away_is_503_in_the_end():
         await it.decodes[0].die()
         assert (await asking)[0] == 503
         await it.settle()
+
+
+async def test_a_node_that_serves_alone_among_pairs_gets_whole_requests():
+    def make(world, routers):
+        pairs = pairs_of(1, 1)(world, routers)
+        alone = StandInNode(world, "decode", routers=routers, node_id="d9", local_prefill=True, receives=False)
+        return [*pairs, alone]
+
+    async with cluster(make) as it:
+        for _ in range(4):
+            assert (await it.complete())[0] == 200
+        pair, alone = it.decodes
+        assert [body.get("kv_transfer_params") for _, body in alone.seen] == [None, None]
+        assert all("kv_transfer_params" in body for _, body in pair.seen)
+        # A claim that its node cannot keep goes to no node that could not take it over.
+        pair.faults.append(Fault.CLOSE)
+        assert (await it.complete())[0] == 200
+        assert all("kv_transfer_params" not in body for _, body in alone.seen)
+        await it.settle()

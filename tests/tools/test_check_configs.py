@@ -40,6 +40,7 @@ def deployment(folder: str, changes: dict[str, list[str]], number: int = 0) -> l
     [
         ("h200", {"decode": ["port=8000"]}, "port 8000 is also that of prefill.yaml on h200 (port)"),
         ("h200", {"decode": ["transfer.handoff_port=17103"]}, "port 17103 is also that of prefill.yaml"),
+        ("h200", {"prefill": ["bootstrap_port=8001"]}, "port 8001 is also that of"),
         ("h200", {"prefill": ["transfer.handoff_port=65534"]}, "65536 is not a port"),
         ("h200", {"router": ["server.port=15500"]}, "port 15500 lies in the transfer.port_range 15000-15999"),
         ("h200", {"prefill": ["transfer.port_range=[15000, 15100]"]}, "is for 4 ranks, 50 ports each"),
