@@ -27,6 +27,7 @@ from model.state import StateViews
 from model.state_layout import StateLayout, build_state_layout
 from model.transformer import Transformer
 from runtime.requests import ReceiveState, SamplingParams, StepOutput, Submit
+from runtime.token_ids import TokenIds
 
 PAGE_TOKENS = 256
 
@@ -144,7 +145,7 @@ def build_rank(config: ModelConfig, sizes: PoolSizes, device: str, *, ranks: int
 
 def start_decoding(engine: Engine, count: int, context: int, num_tokens: int = 100_000) -> None:
     """`count` greedy requests whose prompts of `context` tokens have just been received."""
-    prompt = tuple(range(10, 10 + context)) if context < 50_000 else (10,) * context
+    prompt = TokenIds(10 + place % 50_000 for place in range(context))
     for number in range(count):
         engine.submit(
             Submit(
@@ -168,7 +169,7 @@ def generate(engine: Engine, prompts: Sequence[Sequence[int]], num_tokens: int, 
     """The tokens of prompts that run together."""
     params = SamplingParams(**{"max_tokens": num_tokens, "temperature": 0.0, "ignore_eos": True, **sampling})
     for number, prompt in enumerate(prompts):
-        engine.submit(Submit(request_id=f"r{number}", prompt_ids=tuple(prompt), sampling=params))
+        engine.submit(Submit(request_id=f"r{number}", prompt_ids=TokenIds(prompt), sampling=params))
     tokens: dict[str, list[int]] = {f"r{number}": [] for number in range(len(prompts))}
     while engine.has_work:
         for message in engine.step():

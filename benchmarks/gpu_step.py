@@ -27,6 +27,7 @@ from engine.engine import Engine
 from engine.memory import PoolSizes
 from model.presets import flash
 from runtime.requests import SamplingParams, Submit
+from runtime.token_ids import TokenIds
 
 RANKS = 4
 LAYERS = 43
@@ -144,7 +145,7 @@ def _prefill(rank: Rank, chunk: int, share: float, directory: Path | None) -> No
     def run() -> None:
         engine.submit(
             Submit(
-                request_id="p", prompt_ids=tuple(10 + token % 100_000 for token in range(chunk)),
+                request_id="p", prompt_ids=TokenIds(10 + token % 100_000 for token in range(chunk)),
                 sampling=SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True),
             )
         )  # fmt: skip
