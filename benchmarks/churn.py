@@ -42,6 +42,9 @@ class Record:
 
     answers: collections.Counter[str] = field(default_factory=collections.Counter)
     failures: list[str] = field(default_factory=list)
+    """Requests."""
+    troubles: list[str] = field(default_factory=list)
+    """Nodes that did not come up, or did not end as they should."""
     actions: collections.Counter[str] = field(default_factory=collections.Counter)
     seconds: list[float] = field(default_factory=list)
     memory: dict[str, list[float]] = field(default_factory=dict)
@@ -127,7 +130,7 @@ class Mischief:
             try:
                 await self._act()
             except RuntimeError as error:
-                self._record.failures.append(str(error))
+                self._record.troubles.append(str(error))
                 print(f"  FAILED {error}", flush=True)
             await asyncio.sleep(self._rng.uniform(0.5, 1.5) * self._pause_s)
 
@@ -268,7 +271,7 @@ def report(record: Record, metrics: dict[str, float], left: list[str], options: 
         "router": {name: int(value) for name, value in metrics.items()},
         "latency_s": {"p50": round(seconds[len(seconds) // 2], 3), "max": round(seconds[-1], 3)},
         "memory_mib": memory,
-        "problems": [*record.failures, *left, *grown],
+        "problems": [*record.failures, *record.troubles, *left, *grown],
     }
 
 

@@ -13,7 +13,7 @@ from tests.cluster.client import prompts_of_lengths
 from tests.cluster.harness import Cluster
 
 NUM_STREAMS = 8
-NUM_TOKENS = 200
+NUM_TOKENS = 120
 # Float32 without quantisation: a token computed as part of a prompt then has the state of one that was decoded, up to
 # the order of additions.
 PLAIN: dict[str, Any] = {"engine": {"numerics": "plain", "dtype": "float32", "block_size": 32}}

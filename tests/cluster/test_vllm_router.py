@@ -118,12 +118,12 @@ async def test_its_answers_equal_those_through_our_router(
 ) -> None:
     cluster, router = pair
     before = await totals(cluster)
-    await compare(session, cluster, router, range(3))
+    await compare(session, cluster, router, range(2))
     await cluster.wait_idle()
     after = await totals(cluster)
-    assert after[0] - before[0] >= 24, "every prompt was handed over"
+    assert after[0] - before[0] >= 16, "every prompt was handed over"
     assert after[1:] == before[1:] == (0, 0)
-    await until_metric(session, cluster.decode[0].url, "tandem_transfer_reads_total", least=24)
+    await until_metric(session, cluster.decode[0].url, "tandem_transfer_reads_total", least=16)
     await until_metric(session, cluster.prefill[0].url, "tandem_transfer_peers", least=1)
 
 
