@@ -31,6 +31,7 @@ from kernels.batch_index import BatchIndex
 from kernels.compressor import EntryTarget
 from kernels.packed_rows import PackedRows, PoolFormat
 from kernels.rope import rope_angles
+from kernels.sampling import Truncation
 from kernels.triton_attention_inputs import attention_inputs_triton
 from kernels.triton_compressor import compress_overlapping_triton, compress_pending_triton
 from kernels.triton_gate import pick_experts
@@ -39,6 +40,7 @@ from kernels.triton_indexer import select_entries_triton
 from kernels.triton_norm import rms_norm_triton
 from kernels.triton_rotary import rotate_in_place
 from kernels.triton_rows import insert_window_triton, store_rows_triton
+from kernels.triton_sampling import draw_triton
 from kernels.triton_sparse_attention import sparse_attention_triton
 from kernels.triton_swiglu import swiglu_triton
 
@@ -183,6 +185,13 @@ def _small() -> None:
     store_rows_triton(_pool(4, 512, "kv_fp8"), page, page, torch.zeros(2, 512, dtype=BF16), simulate=True)
 
 
+def _sampling() -> None:
+    logits, best, rows = torch.zeros(2, 129_280), torch.zeros(2), torch.arange(2)
+    half = torch.full((2,), 0.5, dtype=torch.float64)
+    draw_triton(logits, best, rows, half.float(), half, half.float(), Truncation(rows, rows + 20, half, 21))
+    draw_triton(logits, best, rows, half.float(), half, None, None)
+
+
 def _layers(main: PoolFormat, key: PoolFormat, *, decode: bool) -> None:
     index = _index(decode=decode)
     _inputs(index, main)
@@ -196,6 +205,7 @@ SETS: dict[str, Callable[[], None]] = {
     "chunk": partial(_layers, "kv_fp8", "key_mxfp4", decode=False),
     "fp8-keys": partial(_layers, "kv_fp8", "key_fp8", decode=False),
     "bf16": partial(_layers, "bf16", "bf16", decode=True),
+    "sampling": _sampling,
     "attention": partial(_attention, "kv_fp8"),
     "attention-bf16": partial(_attention, "bf16"),
 }

@@ -8,6 +8,7 @@ import torch
 
 from engine.config import EngineConfig
 from engine.sampler import RandomRows, SamplingInputs, sample
+from kernels.sampling import Truncation
 from model.batch import ForwardBatch
 from model.state import StateViews
 from model.state_layout import StateLayout
@@ -55,10 +56,8 @@ def run_largest_steps(model: Transformer, layout: StateLayout, config: EngineCon
         logits = model.forward(probe_batch(layout, num_requests, num_tokens, length, device), state)
         rows = torch.arange(logits.shape[0], device=device)
         half = torch.full((logits.shape[0],), 0.5, dtype=torch.float64, device=device)
-        random = RandomRows(
-            rows=rows, temperature=half.float(), uniform=half, min_p=half.float(), sort=rows,
-            top_k=torch.full_like(rows, logits.shape[1]), top_p=half, max_top_k=logits.shape[1],
-        )  # fmt: skip
+        truncation = Truncation(rows, torch.full_like(rows, logits.shape[1]), half, logits.shape[1])
+        random = RandomRows(rows, half.float(), half, half.float(), truncation)
         sample(logits, SamplingInputs(random=random))
 
 

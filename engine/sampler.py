@@ -1,12 +1,10 @@
 """Logits to tokens, for all rows of a batch at once.
 
 Order, as the field does it: grammar and allowed ids, logit bias, penalties, banned ids; then the largest logit where
-the temperature is 0, else temperature, min-p, top-k, top-p and one draw. The three truncations are each a lower bound
-on the logit, so they end in one comparison; equal logits stand or fall together. The draw inverts the cumulative
-distribution over the vocabulary at one uniform number per row, so that a row's token depends on its logits, its seed
-and its output index, and on no other row.
+the temperature is 0, else temperature, min-p, top-k, top-p and one draw (kernels.sampling). A row's token depends on
+its logits, its seed and its output index, and on no other row.
 
-Plain torch on either device. B rows of the batch, V vocabulary, R rows with a temperature, S rows to be sorted.
+All but the draw is plain torch on either device. B rows of the batch, V vocabulary, R rows with a temperature.
 """
 
 from dataclasses import dataclass
@@ -15,6 +13,7 @@ import torch
 from torch import Tensor
 
 from engine.token_counts import TokenCounts
+from kernels.sampling import Truncation, draw
 
 NEGATIVE_INFINITY = float("-inf")
 
@@ -30,15 +29,9 @@ class RandomRows:
     uniform: Tensor
     """float64 [R] in [0, 1)."""
     min_p: Tensor | None
-    """float32 [R], 0 = off; None: nobody uses it. The same for the two below."""
-    sort: Tensor | None
-    """int64 [S], indices into R, of the rows with top-k or top-p."""
-    top_k: Tensor | None
-    """int64 [S], V = off."""
-    top_p: Tensor | None
-    """float64 [S], 1 = off."""
-    max_top_k: int
-    """The largest of top_k."""
+    """float32 [R], 0 = off; None: nobody uses it."""
+    truncation: Truncation | None
+    """Of the rows with top-k or top-p; None: nobody uses them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +109,8 @@ def sample(logits: Tensor, inputs: SamplingInputs) -> Sampled:
     _constrain(logits, inputs)
     best, token_ids = logits.max(dim=-1)
     if inputs.random is not None:
-        token_ids[inputs.random.rows] = _draw(logits, best, inputs.random)
+        r = inputs.random
+        token_ids[r.rows] = draw(logits, best, r.rows, r.temperature, r.uniform, r.min_p, r.truncation)
     logprobs = None
     if inputs.logprobs is not None and raw is not None:
         rows, count = inputs.logprobs
@@ -159,38 +153,3 @@ def _penalise(logits: Tensor, p: Penalties) -> Tensor:
     scaled = torch.where(logits > 0, logits / p.repetition, logits * p.repetition)
     logits = torch.where(generated | p.counts.in_prompt[p.lines], scaled, logits)
     return logits - p.frequency * output_counts - p.presence * generated
-
-
-def _draw(logits: Tensor, best: Tensor, random: RandomRows) -> Tensor:
-    """int64 [R]."""
-    # Relative to the largest, so that no temperature can overflow and the largest weight is exactly 1.
-    scaled = (logits[random.rows] - best[random.rows, None]) / random.temperature[:, None]
-    if random.min_p is not None:
-        scaled.masked_fill_(scaled < random.min_p.log()[:, None], NEGATIVE_INFINITY)
-    if random.sort is not None:
-        kept = scaled[random.sort]
-        scaled[random.sort] = kept.masked_fill(kept < _sorted_bound(kept, random), NEGATIVE_INFINITY)
-    cumulative = scaled.exp_().cumsum(dim=-1, dtype=torch.float64)
-    target = random.uniform[:, None] * cumulative[:, -1:]
-    # The first id whose cumulative weight exceeds the target; ids of weight 0 are never that.
-    token_ids = torch.searchsorted(cumulative, target, right=True)[:, 0]
-    # A row of NaN finds nothing; its `best` says so, the index must only stay inside.
-    return token_ids.clamp_(max=logits.shape[-1] - 1)
-
-
-def _sorted_bound(scaled: Tensor, random: RandomRows) -> Tensor:
-    """float32 [S, 1]: the smallest logit that top-k, then top-p among those k, keep."""
-    assert random.top_k is not None
-    assert random.top_p is not None
-    if random.max_top_k < scaled.shape[-1]:
-        ordered = scaled.topk(random.max_top_k, dim=-1).values
-    else:
-        ordered = scaled.sort(dim=-1, descending=True).values
-    place = torch.arange(ordered.shape[-1], device=scaled.device)
-    ordered = ordered.masked_fill(place >= random.top_k[:, None], NEGATIVE_INFINITY)
-    weight = ordered.exp().double()
-    before = weight.cumsum(dim=-1) - weight
-    # Kept: as many of the largest as it takes to reach top_p, hence at least one.
-    kept = (before < random.top_p[:, None] * weight.sum(dim=-1, keepdim=True)) & (weight > 0)
-    last = kept.sum(dim=-1, keepdim=True).clamp_(min=1) - 1
-    return ordered.gather(-1, last)

@@ -18,6 +18,7 @@ from engine.request import Request
 from engine.sampler import Pairs, Penalties, RandomRows, SamplingInputs
 from engine.token_counts import TokenCounts
 from engine.uniform import uniform
+from kernels.sampling import Truncation
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -31,7 +32,7 @@ class _Feature:
 
     RANDOM = 1 << 0
     MIN_P = 1 << 1
-    SORT = 1 << 2
+    TRUNCATED = 1 << 2
     BIAS = 1 << 3
     PENALTIES = 1 << 4
     LOGPROBS = 1 << 5
@@ -44,7 +45,7 @@ class _Feature:
     MIN_TOKENS = 1 << 10
 
 
-_RANDOM = _Feature.RANDOM | _Feature.MIN_P | _Feature.SORT
+_RANDOM = _Feature.RANDOM | _Feature.MIN_P | _Feature.TRUNCATED
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +108,7 @@ class SamplingRows:
         if s.temperature >= _GREEDY_BELOW:
             features |= _Feature.RANDOM
             features |= _Feature.MIN_P if s.min_p > 0 else 0
-            features |= _Feature.SORT if 0 < s.top_k < self._vocab_size or s.top_p < 1 else 0
+            features |= _Feature.TRUNCATED if 0 < s.top_k < self._vocab_size or s.top_p < 1 else 0
         for wanted, feature in (
             (s.logit_bias, _Feature.BIAS),
             (s.allowed_token_ids, _Feature.ALLOWED),
@@ -173,10 +174,7 @@ class SamplingRows:
         random = built.random
         if random is not None:
             draws = uniform(self._seed[self._random_rows], num_generated[self._random_rows])
-            random = RandomRows(
-                random.rows, random.temperature, self._tensor(draws), random.min_p, random.sort, random.top_k,
-                random.top_p, random.max_top_k,
-            )  # fmt: skip
+            random = RandomRows(random.rows, random.temperature, self._tensor(draws), random.min_p, random.truncation)
         return SamplingInputs(
             random=random,
             bias=built.bias,
@@ -232,19 +230,22 @@ class SamplingRows:
 
     def _build_random(self, count: int) -> RandomRows:
         rows = self._random_rows = self._rows_with(_Feature.RANDOM, count)
-        sort = np.flatnonzero(self._features[rows] & _Feature.SORT)
-        sorted_rows = rows[sort]
         any_min_p = bool(self._used & _Feature.MIN_P)
         return RandomRows(
             rows=self._tensor(rows),
             temperature=self._tensor(self._temperature[rows]),
             uniform=torch.empty(0, dtype=torch.float64),
             min_p=self._tensor(self._min_p[rows]) if any_min_p else None,
-            sort=self._tensor(sort) if len(sort) else None,
-            top_k=self._tensor(self._top_k[sorted_rows]) if len(sort) else None,
-            top_p=self._tensor(self._top_p[sorted_rows]) if len(sort) else None,
-            max_top_k=int(self._top_k[sorted_rows].max()) if len(sort) else 0,
+            truncation=self._truncation(rows),
         )
+
+    def _truncation(self, random_rows: NDArray[np.intp]) -> Truncation | None:
+        members = np.flatnonzero(self._features[random_rows] & _Feature.TRUNCATED)
+        rows = random_rows[members]
+        if not len(rows):
+            return None
+        top_k = self._top_k[rows]
+        return Truncation(self._tensor(members), self._tensor(top_k), self._tensor(self._top_p[rows]), int(top_k.max()))
 
     def _extras_with(self, feature: int, count: int) -> list[tuple[int, _Extras]]:
         return [(row, extras) for row in self._rows_with(feature, count).tolist() if (extras := self._extras[row])]
