@@ -112,7 +112,10 @@ async def _serve(address_of: Connection, pacing: Pacing) -> None:
             os.sched_setaffinity(0, api_cores)
         surface = HttpSurface(spec, [engine], tokenizer)
         stack.push_async_callback(surface.close)
+        await surface.prepare()
         await surface.open()
+        for process in others:
+            process.open()
         pids = [os.getpid(), *(process.pid for process in others)]
         address_of.send(((spec.config.host, spec.config.port), pids))
         await asyncio.to_thread(address_of.poll, None)

@@ -33,8 +33,8 @@ class ApiProcess:
 
     def __init__(self, spec: SurfaceSpec) -> None:
         self.name = f"API process {spec.info.process}"
-        # The child says once that it is ready, and is told once to finish. It stops when the pipe closes, which it also
-        # does when its parent dies.
+        # The child says once that it is ready, and is told to open and at the end to finish. It stops when the pipe
+        # closes, which it also does when its parent dies.
         self._control, self._childs_end = multiprocessing.Pipe()
         self._process = ChildProcess(self.name, run_api, spec, self._childs_end)
         self._ready: asyncio.Future[None] | None = None
@@ -66,6 +66,11 @@ class ApiProcess:
     async def died(self) -> str:
         """Wait for the process's end; returns what to say about it."""
         return f"{self.name} ended with exit code {await self._process.died()}"
+
+    def open(self) -> None:
+        """Every process is ready: listen on the node's port."""
+        with contextlib.suppress(OSError):  # It died, which whoever watches it hears.
+            self._control.send_bytes(b"open")
 
     async def finish(self) -> None:
         """The ranks have drained: let the process pass on what they said last, and end."""
@@ -122,20 +127,31 @@ async def _serve(spec: SurfaceSpec, control: Connection) -> None:
     for link in links:
         link.open()
     surface = HttpSurface(spec, links, tokenizer)
-    told = asyncio.Event()
-    loop = asyncio.get_running_loop()
     try:
-        await surface.open()
-        loop.add_reader(control.fileno(), told.set)
-        control.send_bytes(b"ready")
-        await told.wait()
-        with contextlib.suppress(EOFError, TimeoutError):
-            control.recv_bytes()
+        await surface.prepare()
+        with contextlib.suppress(EOFError):
+            control.send_bytes(b"ready")
+            await _told(control)
+            await surface.open()
+            await _told(control)
             async with asyncio.timeout(_STOP_S):
                 while surface.client.num_open:  # noqa: ASYNC110 (their last tokens are on their way)
                     await asyncio.sleep(0.02)
+    except TimeoutError:
+        log.warning("%d request(s) did not end", surface.client.num_open)
     finally:
-        loop.remove_reader(control.fileno())
         await surface.close()
         for link in links:
             link.close()
+
+
+async def _told(control: Connection) -> None:
+    """Wait for a word of the node process. Raises EOFError when it has closed the pipe, or died."""
+    heard = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    loop.add_reader(control.fileno(), heard.set)
+    try:
+        await heard.wait()
+    finally:
+        loop.remove_reader(control.fileno())
+    control.recv_bytes()

@@ -36,7 +36,7 @@ class SurfaceSpec(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class HttpSurface:
-    """Opened when the ranks can take work, closed before they stop."""
+    """Prepared and opened when the ranks can take work, closed before they stop."""
 
     def __init__(self, spec: SurfaceSpec, links: Sequence[EngineLink], tokenizer: Tokenizer) -> None:
         config = spec.config
@@ -50,14 +50,17 @@ class HttpSurface:
             self._siblings = Siblings(self.app, Path(spec.directory), spec.info.process, config.api_processes)
         self._runner = web.AppRunner(self.app, access_log=None, shutdown_timeout=1.0)
 
-    async def open(self) -> None:
-        """Raises ConfigError when the port is taken."""
+    async def prepare(self) -> None:
+        """Be there for the siblings. They all are before one of them has clients."""
         # Requests leave cycles behind, so an API process collects more often than a rank.
         calm_garbage_collector((10_000, 10, 10))
-        host, port = self._config.host, self._config.port
         await self._runner.setup()
         if self._siblings is not None:
             await self._siblings.open(self._runner)
+
+    async def open(self) -> None:
+        """Listen on the node's port. Raises ConfigError when it is taken."""
+        host, port = self._config.host, self._config.port
         shared = self._config.api_processes > 1
         site = web.TCPSite(self._runner, host, port, reuse_address=True, reuse_port=shared or None, backlog=1024)
         try:

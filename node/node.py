@@ -69,7 +69,6 @@ async def serve(config: NodeConfig, role: Role, stopping: asyncio.Event) -> None
         directory = stack.enter_context(scratch_directory())
         engines = await stack.enter_async_context(engine_processes(config, role, directory))
         spec = SurfaceSpec(config=config, info=_info(config, role, engines, vocab_size), directory=directory)
-        processes = await stack.enter_async_context(api_processes(spec, config.ready_timeout_s))
         surface = HttpSurface(spec, engines, tokenizer)
         membership = _membership(config, role, engines, surface.client)
         add_cluster_routes(
@@ -81,8 +80,12 @@ async def serve(config: NodeConfig, role: Role, stopping: asyncio.Event) -> None
         watch_experts(config, surface.registry, engines)
         for engine in engines:
             engine.on_group_drains = stopping.set
+        processes = await stack.enter_async_context(api_processes(spec, config.ready_timeout_s))
         stack.push_async_callback(surface.close)
+        await surface.prepare()
         await surface.open()
+        for process in processes:
+            process.open()
         if config.bootstrap_port is not None:
             table = await serve_table(
                 config.host, config.bootstrap_port, config.id, lambda: [engine.about for engine in engines]

@@ -20,7 +20,7 @@ from api import admin, probes
 from api.context import CONTEXT
 from api.errors import Problem, dialect_of
 from api.jsonio import json_response
-from api.response_ids import process_of
+from api.response_ids import process_of, response_of_item
 from node.metrics_sum import sum_expositions
 from runtime.errors import Overloaded
 
@@ -50,6 +50,20 @@ class _FollowUp(msgspec.Struct, frozen=True):
     previous_response_id: Any = None
     previous_items: msgspec.Raw = msgspec.Raw()
     """Given by a router that asked for the conversation: then any process can answer."""
+    input: Any = None
+    referenced_items: msgspec.Raw = msgspec.Raw()
+    """Likewise, the items that `item_reference` items mean."""
+
+    def earlier(self) -> Any:
+        """The id of a kept response that must be looked at."""
+        if self.previous_response_id is not None:
+            return None if bytes(self.previous_items) else self.previous_response_id
+        if bytes(self.referenced_items) or not isinstance(self.input, list):
+            return None
+        quoted = [
+            item.get("id") for item in self.input if isinstance(item, dict) and item.get("type") == "item_reference"
+        ]
+        return next((response_of_item(item_id) for item_id in quoted if isinstance(item_id, str)), None)
 
 
 _decode_follow_up = msgspec.json.Decoder(_FollowUp).decode
@@ -116,21 +130,20 @@ class Siblings:
             return 0
         if not request.path.startswith("/v1/responses"):
             return None
-        response_id = request.match_info.get("response_id") or await self._previous_response(request)
+        response_id = request.match_info.get("response_id") or await self._earlier_response(request)
         process = process_of(response_id) if isinstance(response_id, str) else None
         return process if process is not None and process < self._num_processes else None
 
-    async def _previous_response(self, request: web.Request) -> Any:
+    async def _earlier_response(self, request: web.Request) -> Any:
         if request.method != "POST" or (request.content_length or 0) > self._max_body_bytes:
             return None
         body = await request.read()
-        if b'"previous_response_id"' not in body:
+        if b'"previous_response_id"' not in body and b'"item_reference"' not in body:
             return None
         try:
-            follow_up = _decode_follow_up(body)
+            return _decode_follow_up(body).earlier()
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
             return None
-        return None if bytes(follow_up.previous_items) else follow_up.previous_response_id
 
     async def _forward(self, request: web.Request, owner: int) -> web.StreamResponse:
         """Let `owner` answer. A client that goes away cancels this, which closes the connection to `owner`."""

@@ -57,6 +57,20 @@ async def respond(session: aiohttp.ClientSession, **fields: Any) -> dict[str, An
     return answer
 
 
+async def follow(session: aiohttp.ClientSession, previous: str, *, leave: bool) -> list[str]:
+    """The names of the events of a streamed follow-up, or of its beginning if the client leaves."""
+    body = {"input": "and", "previous_response_id": previous, "stream": True, "reasoning": {"effort": "none"}}
+    names = []
+    async with session.post("/v1/responses", json=body | {"max_output_tokens": 4000 if leave else 4}) as response:
+        assert response.status == 200, await response.text()
+        async for line in response.content:
+            if line.startswith(b"event: "):
+                names.append(line[7:].decode().strip())
+                if leave and len(names) == 4:
+                    break
+    return names
+
+
 async def samples(session: aiohttp.ClientSession) -> dict[tuple[str, str], float]:
     """Sums of (series, path or reason) over all other labels."""
     async with session.get("/metrics") as response:
@@ -75,6 +89,7 @@ async def until_load(session: aiohttp.ClientSession, load: int) -> None:
             async with session.get("/load") as response:
                 if (await response.json())["server_load"] == load:
                     return
+            await asyncio.sleep(0.02)
 
 
 async def exit_code(program: Program) -> int | None:
@@ -95,9 +110,12 @@ def other_api_process(node: Program) -> psutil.Process:
 
 async def test_two_processes_are_one_server(tmp_path: Path, tiny_checkpoint: Path) -> None:
     async with standalone(tmp_path, tiny_checkpoint, TWO) as node, fresh(node) as session:
-        # Both serve, and whoever is asked finds every response.
-        answers = await asyncio.gather(*(respond(session) for _ in range(24)))
-        assert {process_of(answer["id"]) for answer in answers} == {0, 1}
+        # Both serve, once both have opened the port, and whoever is asked finds every response.
+        num_asked, answers = 0, list[dict[str, Any]]()
+        async with asyncio.timeout(60):
+            while {process_of(answer["id"]) for answer in answers} != {0, 1}:
+                answers = await asyncio.gather(*(respond(session) for _ in range(24)))
+                num_asked += 24
         for answer in answers:
             async with session.get(f"/v1/responses/{answer['id']}") as response:
                 assert (await response.json())["id"] == answer["id"]
@@ -109,8 +127,20 @@ async def test_two_processes_are_one_server(tmp_path: Path, tiny_checkpoint: Pat
         for answer, follow_up in zip(answers[1:], followed, strict=True):
             assert process_of(follow_up["id"]) == process_of(answer["id"])
             assert follow_up["usage"]["input_tokens"] > answer["usage"]["input_tokens"]
+        for answer in answers[1:7]:
+            quote = {"type": "item_reference", "id": answer["output"][0]["id"]}
+            quoting = await respond(session, input=[quote, {"role": "user", "content": "and"}])
+            assert process_of(quoting["id"]) == process_of(answer["id"])
         async with session.post("/v1/responses", json={"input": "x", "previous_response_id": answers[0]["id"]}) as gone:
             assert gone.status == 404
+
+        # A forwarded answer streams like any other, and a client that leaves it ends it.
+        events = await asyncio.gather(
+            *(follow(session, answer["id"], leave=n % 2 == 1) for n, answer in enumerate(answers[1:9]))
+        )
+        assert all(names[0] == "response.created" for names in events)
+        assert all(names[-1] == "response.incomplete" for names in events[::2])
+        await wait_idle(node.url)
 
         # Streams of both, some of which are left by their clients.
         whole = await stream(session, 24)
@@ -128,12 +158,12 @@ async def test_two_processes_are_one_server(tmp_path: Path, tiny_checkpoint: Pat
         # Metrics are those of the node.
         counted = [await samples(session) for _ in range(6)]
         finished = "tandem_request_success_total"
-        assert {c[finished, "length"] for c in counted} == {24 + 23 + 13}
-        assert {c[finished, "abort"] for c in counted} == {6}
-        assert {c["tandem_http_requests_total", "/v1/responses"] for c in counted} == {24 + 23 + 1}
+        assert {c[finished, "length"] + c[finished, "stop"] for c in counted} == {num_asked + 23 + 6 + 4 + 13}
+        assert {c[finished, "abort"] for c in counted} == {4 + 6}
+        assert {c["tandem_http_requests_total", "/v1/responses"] for c in counted} == {num_asked + 23 + 6 + 1 + 8}
         assert [c.get(("tandem_http_requests_total", "/metrics"), 0) for c in counted] == [*range(6)]
         assert {c["tandem_slots", ""] for c in counted} == {c["vllm:slots", ""] for c in counted}
-        assert {c["tandem_e2e_request_latency_seconds_count", ""] for c in counted} == {24 + 23 + 13 + 6}
+        assert {c["tandem_e2e_request_latency_seconds_count", ""] for c in counted} == {num_asked + 23 + 6 + 8 + 13 + 6}
 
         # The port is theirs, though sockets that share one are not refused by the kernel.
         second = Program(tmp_path, "second", "decode_node", node.config)
@@ -161,7 +191,8 @@ async def test_a_signal_to_all_processes_lets_streams_of_both_finish(tmp_path: P
         psutil.Process(node.pid).send_signal(signal.SIGTERM)
         assert await asyncio.gather(*running) == [whole] * 12
         assert await exit_code(node) == 0, node.log()
-        assert not [child for child in family if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
+        _, alive = await asyncio.to_thread(psutil.wait_procs, family, 30)
+        assert not alive
 
 
 async def test_a_dead_api_process_ends_the_node_and_says_so(tmp_path: Path, tiny_checkpoint: Path) -> None:
