@@ -379,6 +379,57 @@ def test_usage_is_corrected_and_nothing_else():
     assert corrected_events(events, prefill) == events
 
 
+RESPONSES_USAGE = {
+    "input_tokens": 9,
+    "input_tokens_details": {"cached_tokens": 9},
+    "output_tokens": 2,
+    "total_tokens": 11,
+}
+MESSAGES_USAGE = {"input_tokens": 0, "cache_read_input_tokens": 9, "output_tokens": 2}
+
+
+@pytest.mark.parametrize(
+    ("prefill", "answer", "expected"),
+    [
+        (
+            {"input_tokens": 5, "input_tokens_details": {"cached_tokens": 1}, "output_tokens": 1},
+            {"type": "response.completed", "response": {"id": "r", "usage": RESPONSES_USAGE}},
+            {
+                "type": "response.completed",
+                "response": {
+                    "id": "r",
+                    "usage": {
+                        "input_tokens": 5,
+                        "input_tokens_details": {"cached_tokens": 1},
+                        "output_tokens": 2,
+                        "total_tokens": 7,
+                    },
+                },
+            },
+        ),
+        (
+            {"input_tokens": 5, "cache_read_input_tokens": 4, "output_tokens": 1},
+            {"type": "message_start", "message": {"usage": MESSAGES_USAGE}},
+            {
+                "type": "message_start",
+                "message": {"usage": {"input_tokens": 5, "cache_read_input_tokens": 4, "output_tokens": 2}},
+            },
+        ),
+        (
+            {"input_tokens": 5, "output_tokens": 1},
+            {"content": [], "usage": MESSAGES_USAGE},
+            {"content": [], "usage": {"input_tokens": 5, "output_tokens": 2}},
+        ),
+    ],
+)
+def test_the_usage_of_every_api_is_corrected(prefill, answer, expected):
+    counts = usage_of(json.dumps({"usage": prefill}).encode())
+    raw = json.dumps(answer, separators=(",", ":")).encode()
+    assert json.loads(corrected(raw, counts)) == expected
+    event = b"event: x\ndata: " + raw + b"\n\n"
+    assert json.loads(corrected_events(event, counts).split(b"data: ")[1]) == expected
+
+
 @pytest.mark.parametrize("body", [b"", b"[]", b"{}", b'{"usage":null}', b'{"usage":{"prompt_tokens":"5"}}'])
 def test_a_reply_without_usage_corrects_nothing(body):
     assert usage_of(body) is None
