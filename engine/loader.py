@@ -2,7 +2,8 @@
 
 import logging
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -40,6 +41,8 @@ class Sharing:
     exchange: ExpertParallel
     head: HeadParallel | None = None
     """None: every rank has the whole vocabulary head."""
+    least: Callable[[int], int] = lambda value: value
+    """The smallest of what all ranks call with; waits for all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,15 +116,20 @@ def load_rank(
             f"the weights do not fit on {device}: share the experts over more ranks (data_parallel_size with "
             f"enable_expert_parallel) or choose a larger device ({error})"
         ) from error
+    least: Callable[[int], int] = sharing.least if sharing is not None else lambda value: value
+    # A step takes all ranks of a group, and each may have waited for its weights for another while.
+    least(0)
     # What a step needs depends on the longest request, and how long that may be on what a step needs: begin high.
     reserve = 0
     if device.type == "cuda" and config.kv_cache_memory_bytes is None and config.num_pages == "auto":
         roomy = plan_pools(
             config, model_config, layout, holds_states=holds_states, budget_bytes=state_budget(config, device)
         )
-        reserve = activation_bytes(model, layout, config, roomy.max_model_len)
+        reserve = activation_bytes(model, layout, config, least(roomy.max_model_len))
     budget = state_budget(config, device, reserve)
     sizes = plan_pools(config, model_config, layout, holds_states=holds_states, budget_bytes=budget)
+    # Ranks capture the same steps, which depend on the longest request.
+    sizes = replace(sizes, max_model_len=least(sizes.max_model_len))
     memory = StateMemory.allocate(sizes, layout, device)
     config = msgspec.structs.replace(config, num_pages=sizes.num_pages, max_model_len=sizes.max_model_len)
     shape = EngineShape(

@@ -103,6 +103,12 @@ class RankGroup:
             raise EngineError(f"rank {rank} cannot join its group of {size} at {meeting}: {error}") from error
         log.info("rank %d of %d has met the others at %s", rank, size, meeting)
 
+    def least(self, value: int, timeout_s: float) -> int:
+        """The smallest of what all ranks call with, in the same order; also a way to wait for all of them. For the
+        start: later the connections carry rounds. Raises EngineError when a peer is gone or late."""
+        self.mesh.send(value.to_bytes(RECORD_BYTES, "little"))
+        return min(value, *(int.from_bytes(said, "little") for said in self.mesh.receive(timeout_s).values()))
+
     def all_gather(self, output: Tensor, mine: Tensor) -> Pending:
         """output [size * n, ...] = everybody's `mine` [n, ...], by rank. Contiguous, equal shapes on all ranks."""
         return self._start("_allgather_base", output, mine)

@@ -24,6 +24,17 @@ from runtime.errors import ConfigError
 log = logging.getLogger(__name__)
 
 
+_ALIKE = (
+    "max_num_seqs",
+    "max_num_batched_tokens",
+    "block_size",
+    "num_pages",
+    "kv_cache_memory_bytes",
+    "cudagraph_capture_sizes",
+)
+"""Keys of `engine` that decide which steps are measured and captured at start."""
+
+
 @dataclass(frozen=True, slots=True)
 class Membership:
     """One rank in its group."""
@@ -67,8 +78,13 @@ def join_group(config: NodeConfig, local_rank: int, group_port: int) -> Membersh
         part_tokens=shared.part_tokens,
         sums=getattr(torch, shared.sums),
     )
-    head = HeadExchange(group, lockstep) if shared.shard_lm_head else None
-    return Membership(group, lockstep, Sharing(placement.share(rank), exchange, head))
+    sharing = Sharing(
+        experts=placement.share(rank),
+        exchange=exchange,
+        head=HeadExchange(group, lockstep) if shared.shard_lm_head else None,
+        least=lambda value: group.least(value, config.ready_timeout_s),
+    )
+    return Membership(group, lockstep, sharing)
 
 
 def _terms(config: NodeConfig, engine: EngineConfig, model_config: ModelConfig, placement: Placement) -> dict[str, str]:
@@ -79,6 +95,6 @@ def _terms(config: NodeConfig, engine: EngineConfig, model_config: ModelConfig, 
         "device": torch.device(engine.device).type,
         "placement": str(placement.ranks_LE),
         **{f"expert_parallel.{name}": getattr(shared, name) for name in ("shard_lm_head", "part_tokens", "sums")},
-        **{f"engine.{name}": getattr(engine, name) for name in ("max_num_seqs", "max_num_batched_tokens")},
+        **{f"engine.{name}": getattr(engine, name) for name in _ALIKE},
     }
     return {name: str(value) for name, value in terms.items()}

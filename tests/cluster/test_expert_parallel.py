@@ -140,7 +140,7 @@ async def test_a_group_over_two_nodes_serves_as_one_and_fails_as_one(
             node.start()
         for node in cluster.decode:
             await wait_healthy(node.url, 60, cluster.decode)
-        answer = asyncio.create_task(complete_all(cluster.decode[1].url, PROMPTS[-1:], [120], concurrency=1))
+        answer = asyncio.create_task(complete_all(cluster.decode[1].url, PROMPTS[-1:], [50], concurrency=1))
         while not answer.done():
             if any(rank["running"] for rank in await ranks(cluster.decode[1].url)):
                 break

@@ -165,6 +165,13 @@ def test_ranks_begin_together():
     assert run_ranks(3, body) == [[0, 1, 2]] * 3
 
 
+def test_ranks_find_their_smallest_number_before_they_begin():
+    def body(rank: Rank) -> list[int]:
+        return [rank.group.least(0, 60), rank.group.least(1_000_000 - rank.rank, 60)]
+
+    assert run_ranks(3, body) == [[0, 999_998]] * 3
+
+
 def test_ranks_that_are_configured_otherwise_are_refused_by_name():
     def body(rank: Rank) -> None:
         raise AssertionError("nobody may come this far")

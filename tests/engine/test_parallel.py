@@ -86,7 +86,12 @@ def together(
             rank.group, rank.lockstep, num_experts=model_config.n_routed_experts,
             quantised=config.numerics == "released", part_tokens=part_tokens,
         )  # fmt: skip
-        sharing = Sharing(shares.share(rank.rank), exchange, HeadExchange(rank.group, rank.lockstep) if head else None)
+        sharing = Sharing(
+            shares.share(rank.rank),
+            exchange,
+            HeadExchange(rank.group, rank.lockstep) if head else None,
+            lambda value: rank.group.least(value, 60),
+        )
         loaded = load_rank(config, holds_states=False, sharing=sharing, count_experts=True, progress=False)
         engine = Engine(loaded.config, loaded.shape, loaded.features, head=loaded.model.logits, parallel=rank.lockstep)
         tokens: dict[str, list[int]] = {}
