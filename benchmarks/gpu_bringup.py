@@ -9,7 +9,7 @@ allows. What each says is printed when it ends and kept in DIR/STAGE.txt; DIR/su
     compile     CUDA C++ kernels
     sublayers   every sublayer of the tiny model and of a Flash-wide slice against the CPU in float32, same inputs
     engine      captured against eager, ahead against in turn, alone against in company, tiny model
-    warm-decode, warm-prefill
+    warm-64, warm-256, warm-512, warm-prefill
                 decode steps and a prompt chunk of a Flash-wide slice: their kernels are compiled before they are timed
     full        decode steps and a prompt chunk at 43 layers
     mixed       64 requests of 1K to 128K tokens through a Flash-wide slice, pages audited; replay and company there too
@@ -53,7 +53,9 @@ from model.presets import flash, tiny
 from model.state import StateViews
 from model.transformer import Transformer
 
-TOGETHER = ("compile", "sublayers", "engine", "warm-decode", "warm-prefill")
+WARM = {"warm-64": ("64", 0), "warm-256": ("256", 0), "warm-512": ("512", 0), "warm-prefill": ("", 16384)}
+"""Stage -> decode batch, tokens of the prompt chunk."""
+TOGETHER = ("compile", "sublayers", "engine", *WARM)
 ALONE = ("full", "mixed", "memory", "handoff")
 SLACK = 0.02
 """Relative error (Frobenius) granted beyond one and a half times that of the same sublayer in bfloat16 on the CPU:
@@ -395,8 +397,7 @@ def main() -> int:
             "compile": stage_compile,
             "sublayers": stage_sublayers,
             "engine": stage_engine,
-            "warm-decode": lambda: stage_warm("256,64,512", 0),
-            "warm-prefill": lambda: stage_warm("", 16384),
+            **{name: partial(stage_warm, *what) for name, what in WARM.items()},
             "full": lambda: stage_full(arguments.out, arguments.deadline_s),
             "mixed": stage_mixed,
             "memory": stage_memory,
