@@ -83,7 +83,7 @@ def on_prepare(settings: ApiSettings) -> Callable[[web.Request, web.StreamRespon
             response.headers["Access-Control-Allow-Origin"] = "*" if "*" in origins else origin
             response.headers["Access-Control-Expose-Headers"] = "X-Request-Id, Retry-After"
             if request.method == "OPTIONS":
-                response.headers["Access-Control-Allow-Methods"] = "GET, POST, OPTIONS"
+                response.headers["Access-Control-Allow-Methods"] = "GET, POST, DELETE, OPTIONS"
                 response.headers["Access-Control-Allow-Headers"] = (
                     request.headers.get("Access-Control-Request-Headers") or "Authorization, Content-Type"
                 )
