@@ -422,7 +422,23 @@ def main() -> int:
             began = time.monotonic()
             summary[name] = (finish(process, log, deadline), time.monotonic() - began)
             report(name, arguments.out, summary)
+    print(digest(arguments.out, summary), flush=True)
     return 0
+
+
+def digest(out: Path, summary: dict[str, tuple[int | str, float]]) -> str:
+    """What failed, what was timed, and how many comparisons held: the end of the output is what is always seen."""
+    lines = ["=== digest"]
+    for name, (code, took_s) in summary.items():
+        text = (out / f"{name}.txt").read_text(errors="replace").splitlines()
+        held = sum(line.startswith("ok ") for line in text)
+        lines.append(f"{name}: exit {code}, {took_s:.1f} s, {held} comparisons held")
+        lines += [
+            f"  {line[:200]}" for line in text if line.startswith("FAIL") or (line.startswith("| ") and name in ALONE)
+        ]
+        errors = [line for line in text if "Error" in line and not line.startswith(("FAIL", " "))]
+        lines += [f"  {line[:200]}" for line in dict.fromkeys(errors[-3:])]
+    return "\n".join(lines)
 
 
 def start(name: str, out: Path, deadline: float) -> tuple[subprocess.Popen[bytes], IO[bytes]]:
