@@ -29,11 +29,13 @@ from triton.runtime.jit import JITFunction
 
 from kernels.batch_index import BatchIndex
 from kernels.compressor import EntryTarget
+from kernels.exchange_rows import RowFormat
 from kernels.packed_rows import PackedRows, PoolFormat
 from kernels.rope import rope_angles
 from kernels.sampling import Truncation
 from kernels.triton_attention_inputs import attention_inputs_triton
 from kernels.triton_compressor import compress_overlapping_triton, compress_pending_triton
+from kernels.triton_exchange_rows import pack_rows_gpu, unpack_rows_gpu
 from kernels.triton_gate import pick_experts
 from kernels.triton_index_query import index_query_triton
 from kernels.triton_indexer import select_entries_triton
@@ -185,6 +187,12 @@ def _small() -> None:
     store_rows_triton(_pool(4, 512, "kv_fp8"), page, page, torch.zeros(2, 512, dtype=BF16), simulate=True)
 
 
+def _exchange() -> None:
+    layout = RowFormat(4096, 6, BF16, quantised=True)
+    tokens, routing = torch.zeros(2, 4096, dtype=BF16), torch.zeros(2, 6, dtype=torch.int64)
+    unpack_rows_gpu(pack_rows_gpu(tokens, routing, routing.float(), layout, 4, 256), layout)
+
+
 def _sampling() -> None:
     logits, best, rows = torch.zeros(2, 129_280), torch.zeros(2), torch.arange(2)
     half = torch.full((2,), 0.5, dtype=torch.float64)
@@ -205,6 +213,7 @@ SETS: dict[str, Callable[[], None]] = {
     "chunk": partial(_layers, "kv_fp8", "key_mxfp4", decode=False),
     "fp8-keys": partial(_layers, "kv_fp8", "key_fp8", decode=False),
     "bf16": partial(_layers, "bf16", "bf16", decode=True),
+    "exchange": _exchange,
     "sampling": _sampling,
     "attention": partial(_attention, "kv_fp8"),
     "attention-bf16": partial(_attention, "bf16"),
