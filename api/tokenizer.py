@@ -32,6 +32,8 @@ PIECES_PER_CALL: Final = 16
 """Pieces that one call of the library spreads over the cores; texts that need more calls use one core at a time."""
 CHARS_PER_TURN: Final = 8 * 1024
 """ASCII text that is looked up, in about a millisecond, before a thread steps aside for others."""
+SHORT_CHARS: Final = 48 * 1024
+"""Text that is looked up in one go: it takes hardly longer than the 5 ms after which a waiting thread gets its turn."""
 TURN_S: Final = 1e-4
 """Long enough for a waiting thread to take the GIL, for which it would else wait 5 ms."""
 INLINE_CHARS: Final = 512
@@ -179,8 +181,9 @@ class Tokenizer:
         missing = [text for text in texts if text not in known]
         if self._cuttable:
             num_chars = 0
+            is_long = sum(map(len, missing)) > SHORT_CHARS
             for text in filter(AsciiWords.takes, missing):
-                if num_chars > CHARS_PER_TURN:
+                if is_long and num_chars > CHARS_PER_TURN:
                     num_chars = 0
                     time.sleep(TURN_S)
                 known[text] = self._words.encode(text)

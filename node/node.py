@@ -93,13 +93,17 @@ async def serve(config: NodeConfig, role: Role, stopping: asyncio.Event) -> None
             stack.push_async_callback(table.cleanup)
         log.info("serving %s on %s: %d rank(s), max_model_len=%d", spec.info.model_id, config.http_url, len(engines),
                  spec.info.max_model_len)  # fmt: skip
-        async with asyncio.TaskGroup() as group:
-            joined = group.create_task(membership.run())
-            await _until_stop_or_death(engines, processes, stopping)
-            membership.drain()
-            await _drain(config, surface.client, engines)
-            await asyncio.gather(*(process.finish() for process in processes))
-            joined.cancel()
+        try:
+            async with asyncio.TaskGroup() as group:
+                joined = group.create_task(membership.run())
+                await _until_stop_or_death(engines, processes, stopping)
+                membership.drain()
+                await _drain(config, surface.client, engines)
+                await asyncio.gather(*(process.finish() for process in processes))
+                joined.cancel()
+        except ExceptionGroup as errors:
+            # What came first is the reason; it cancelled the rest.
+            raise errors.exceptions[0] from None
 
 
 def _info(config: NodeConfig, role: Role, engines: Sequence[EngineProcess], vocab_size: int) -> EngineInfo:
