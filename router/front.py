@@ -190,7 +190,7 @@ class ClientConnection(asyncio.Protocol):
 
     def _begin(self, head: "_RequestHead", raw: bytes) -> None:
         self._waits = False
-        if self._transport is not None:
+        if self._transport is not None and not self._transport.is_closing():
             self.task = self._front.loop.create_task(self._serve(head, raw))
 
     async def _serve(self, head: "_RequestHead", raw: bytes) -> None:
