@@ -31,8 +31,13 @@ async def fresh(node: Program) -> AsyncIterator[aiohttp.ClientSession]:
         yield session
 
 
-async def stream(session: aiohttp.ClientSession, max_tokens: int, leave_after: int | None = None) -> str:
-    """The text of a greedy completion, or its beginning if the client leaves."""
+async def stream(
+    session: aiohttp.ClientSession,
+    max_tokens: int,
+    leave_after: int | None = None,
+    begun: asyncio.Event | None = None,
+) -> str:
+    """The text of a greedy completion, or its beginning if the client leaves. `begun` is set by its first token."""
     body = {"prompt": "a", "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True, "stream": True}
     text, count = "", 0
     async with session.post("/v1/completions", json=body) as response:
@@ -44,6 +49,8 @@ async def stream(session: aiohttp.ClientSession, max_tokens: int, leave_after: i
             assert "error" not in event, event
             text += event["choices"][0]["text"]
             count += 1
+            if begun is not None:
+                begun.set()
             if count == leave_after:
                 break
     return text
@@ -108,6 +115,22 @@ def other_api_process(node: Program) -> psutil.Process:
     raise AssertionError("no other process listens on the node's port")
 
 
+async def end_in_order(node: Program, session: aiohttp.ClientSession) -> None:
+    """A signal to every process at once lets the streams of both finish, and then all processes end."""
+    family = psutil.Process(node.pid).children(recursive=True)
+    whole = await stream(session, 40)
+    begun = [asyncio.Event() for _ in range(8)]
+    running = [asyncio.create_task(stream(session, 40, begun=event)) for event in begun]
+    for event in begun:
+        await event.wait()
+    other_api_process(node).send_signal(signal.SIGTERM)
+    psutil.Process(node.pid).send_signal(signal.SIGTERM)
+    assert await asyncio.gather(*running) == [whole] * 8
+    assert await exit_code(node) == 0, node.log()
+    _, alive = await asyncio.to_thread(psutil.wait_procs, family, 30)
+    assert not alive
+
+
 async def test_two_processes_are_one_server(tmp_path: Path, tiny_checkpoint: Path) -> None:
     async with standalone(tmp_path, tiny_checkpoint, TWO) as node, fresh(node) as session:
         # Both serve, once both have opened the port, and whoever is asked finds every response.
@@ -122,12 +145,12 @@ async def test_two_processes_are_one_server(tmp_path: Path, tiny_checkpoint: Pat
         async with session.delete(f"/v1/responses/{answers[0]['id']}") as response:
             assert response.status == 200
         followed = await asyncio.gather(
-            *(respond(session, previous_response_id=answer["id"]) for answer in answers[1:])
+            *(respond(session, previous_response_id=answer["id"]) for answer in answers[1:9])
         )
-        for answer, follow_up in zip(answers[1:], followed, strict=True):
+        for answer, follow_up in zip(answers[1:9], followed, strict=True):
             assert process_of(follow_up["id"]) == process_of(answer["id"])
             assert follow_up["usage"]["input_tokens"] > answer["usage"]["input_tokens"]
-        for answer in answers[1:7]:
+        for answer in answers[1:5]:
             quote = {"type": "item_reference", "id": answer["output"][0]["id"]}
             quoting = await respond(session, input=[quote, {"role": "user", "content": "and"}])
             assert process_of(quoting["id"]) == process_of(answer["id"])
@@ -136,15 +159,15 @@ async def test_two_processes_are_one_server(tmp_path: Path, tiny_checkpoint: Pat
 
         # A forwarded answer streams like any other, and a client that leaves it ends it.
         events = await asyncio.gather(
-            *(follow(session, answer["id"], leave=n % 2 == 1) for n, answer in enumerate(answers[1:9]))
+            *(follow(session, answer["id"], leave=n % 2 == 1) for n, answer in enumerate(answers[1:7]))
         )
         assert all(names[0] == "response.created" for names in events)
         assert all(names[-1] == "response.incomplete" for names in events[::2])
         await wait_idle(node.url)
 
         # Streams of both, some of which are left by their clients.
-        whole = await stream(session, 24)
-        texts = await asyncio.gather(*(stream(session, 24, leave_after=3 if n % 3 == 0 else None) for n in range(18)))
+        whole = await stream(session, 12)
+        texts = await asyncio.gather(*(stream(session, 12, leave_after=3 if n % 3 == 0 else None) for n in range(12)))
         assert all(text == whole if n % 3 else whole.startswith(text) for n, text in enumerate(texts))
         await wait_idle(node.url)
 
@@ -158,12 +181,12 @@ async def test_two_processes_are_one_server(tmp_path: Path, tiny_checkpoint: Pat
         # Metrics are those of the node.
         counted = [await samples(session) for _ in range(6)]
         finished = "tandem_request_success_total"
-        assert {c[finished, "length"] + c[finished, "stop"] for c in counted} == {num_asked + 23 + 6 + 4 + 13}
-        assert {c[finished, "abort"] for c in counted} == {4 + 6}
-        assert {c["tandem_http_requests_total", "/v1/responses"] for c in counted} == {num_asked + 23 + 6 + 1 + 8}
+        assert {c[finished, "length"] + c[finished, "stop"] for c in counted} == {num_asked + 8 + 4 + 3 + 9}
+        assert {c[finished, "abort"] for c in counted} == {3 + 4}
+        assert {c["tandem_http_requests_total", "/v1/responses"] for c in counted} == {num_asked + 8 + 4 + 1 + 6}
         assert [c.get(("tandem_http_requests_total", "/metrics"), 0) for c in counted] == [*range(6)]
         assert {c["tandem_slots", ""] for c in counted} == {c["vllm:slots", ""] for c in counted}
-        assert {c["tandem_e2e_request_latency_seconds_count", ""] for c in counted} == {num_asked + 23 + 6 + 8 + 13 + 6}
+        assert {c["tandem_e2e_request_latency_seconds_count", ""] for c in counted} == {num_asked + 8 + 4 + 6 + 9 + 4}
 
         # The port is theirs, though sockets that share one are not refused by the kernel.
         second = Program(tmp_path, "second", "decode_node", node.config)
@@ -179,20 +202,7 @@ async def test_two_processes_are_one_server(tmp_path: Path, tiny_checkpoint: Pat
         results = await asyncio.gather(*running, return_exceptions=True)
         assert all(isinstance(result, AssertionError) for result in results)
         await wait_idle(node.url)
-
-
-async def test_a_signal_to_all_processes_lets_streams_of_both_finish(tmp_path: Path, tiny_checkpoint: Path) -> None:
-    async with standalone(tmp_path, tiny_checkpoint, TWO) as node, fresh(node) as session:
-        family = psutil.Process(node.pid).children(recursive=True)
-        whole = await stream(session, 60)
-        running = [asyncio.create_task(stream(session, 60)) for _ in range(12)]
-        await until_load(session, 12)
-        other_api_process(node).send_signal(signal.SIGTERM)
-        psutil.Process(node.pid).send_signal(signal.SIGTERM)
-        assert await asyncio.gather(*running) == [whole] * 12
-        assert await exit_code(node) == 0, node.log()
-        _, alive = await asyncio.to_thread(psutil.wait_procs, family, 30)
-        assert not alive
+        await end_in_order(node, session)
 
 
 async def test_a_dead_api_process_ends_the_node_and_says_so(tmp_path: Path, tiny_checkpoint: Path) -> None:
