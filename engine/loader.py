@@ -126,6 +126,8 @@ def load_rank(
             config, model_config, layout, holds_states=holds_states, budget_bytes=state_budget(config, device)
         )
         reserve = activation_bytes(model, layout, config, least(roomy.max_model_len))
+        if model.expert_counts is not None:
+            model.expert_counts.zero_()
     budget = state_budget(config, device, reserve)
     sizes = plan_pools(config, model_config, layout, holds_states=holds_states, budget_bytes=budget)
     # Ranks capture the same steps, which depend on the longest request.
