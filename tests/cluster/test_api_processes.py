@@ -167,8 +167,11 @@ async def test_two_processes_are_one_server(tmp_path: Path, tiny_checkpoint: Pat
 
         # Streams of both, some of which are left by their clients.
         whole = await stream(session, 12)
-        texts = await asyncio.gather(*(stream(session, 12, leave_after=3 if n % 3 == 0 else None) for n in range(12)))
-        assert all(text == whole if n % 3 else whole.startswith(text) for n, text in enumerate(texts))
+        leaves = [n % 3 == 0 for n in range(12)]
+        texts = await asyncio.gather(
+            *(stream(session, 3000 if left else 12, leave_after=3 if left else None) for left in leaves)
+        )
+        assert all(whole.startswith(text) if left else text == whole for text, left in zip(texts, leaves, strict=True))
         await wait_idle(node.url)
 
         # The node's own affairs are answered everywhere.
