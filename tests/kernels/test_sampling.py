@@ -63,7 +63,7 @@ def test_equal_logits_stand_or_fall_together(device):
     logits = torch.zeros(1, 64)
     logits[0, [4, 8, 15]] = 6.0
     drawn = set()
-    for place in torch.linspace(0, 0.999, 9).tolist():
+    for place in (0.1, 0.5, 0.9):
         got, expected = _draw_both(
             device, logits, temperature=torch.ones(1), uniform=torch.tensor([place]), top_k=torch.tensor([2]),
             top_p=torch.tensor([0.6]),

@@ -156,7 +156,8 @@ def test_sparse_attention_equals_dense_attention_over_the_listed_keys(ratio: int
                 order = torch.randperm(selected.shape[1], generator=torch.Generator().manual_seed(number))
                 selected = selected[:, order].masked_fill(order == 1, -1)
         query = randn(total, heads, dim, seed=number)
-        got = sparse_attention(query, chunk, ring, sink, index, dim**-0.5, entries, selected, ratio)
+        listed = entries if ratio else None
+        got = sparse_attention(query, chunk, ring, sink, index, dim**-0.5, listed, selected, ratio)
         insert_window(chunk, ring, index)
         row = 0
         for request, here in enumerate(positions):
