@@ -4,8 +4,10 @@ import json
 import math
 from typing import Any
 
+import msgspec
 import pytest
 
+from api.grammar import Constraint
 from api.settings import ApiSettings
 from tests.api.http.conftest import Server
 from tests.api.http.events import chunks_of
@@ -298,6 +300,31 @@ async def test_a_named_tool_is_the_only_one_shown_and_ends_with_stop(server: Ser
     assert prompt.endswith("</think>\n\n<｜DSML｜tool_calls>\n")
     assert answer["choices"][0]["message"]["tool_calls"][0]["function"] == {"name": "now", "arguments": "{}"}
     assert answer["choices"][0]["finish_reason"] == "stop"
+
+
+@pytest.mark.parametrize(("drop", "shown"), [(True, "</think>A"), (False, "<think>R</think>A"), (None, "</think>A")])
+async def test_reasoning_of_settled_turns_is_kept_if_asked(server: Server, drop: bool | None, shown: str) -> None:
+    messages = [*HI, {"role": "assistant", "content": "A", "reasoning_content": "R"}, *HI]
+    kwargs = {"drop_thinking": drop}
+    await server.post_json(PATH, {"messages": messages, "max_tokens": 1, "chat_template_kwargs": kwargs})
+    assert f"hi<｜Assistant｜>{shown}<｜end▁of▁sentence｜>" in prompt_of(server)
+
+
+async def test_a_thinking_budget_reaches_the_engine_where_there_is_thinking(server: Server) -> None:
+    body = {"messages": HI, "max_tokens": 1, "thinking_token_budget": 7}
+    await server.post_json(PATH, body)
+    raw = server.engine.submitted[-1].sampling.constraint
+    assert raw is not None
+    assert msgspec.msgpack.decode(raw, type=Constraint) == Constraint(after_reasoning=True, thinking_budget=7)
+    for without in ({"reasoning_effort": "none"}, {"thinking_token_budget": -1}):
+        await server.post_json(PATH, body | without)
+        assert server.engine.submitted[-1].sampling.constraint is None
+    error = (await server.post_json(PATH, body | {"allowed_token_ids": [5]}, status=400))["error"]
+    assert error["param"] == "thinking_token_budget"
+    error = (await server.post_json("/v1/completions", {"prompt": "a", "thinking_token_budget": 7}, status=400))[
+        "error"
+    ]
+    assert error["param"] == "thinking_token_budget"
 
 
 async def test_the_last_message_can_be_continued(server: Server) -> None:
