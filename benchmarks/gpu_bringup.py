@@ -7,6 +7,7 @@ side first, and fill the caches of nvcc and Triton; those that are timed run alo
 allows. What each says is printed when it ends and kept in DIR/STAGE.txt; DIR/summary.json has exit codes and seconds.
 
     compile     CUDA C++ kernels
+    kernels     state and sampling kernels against their twins at Flash's size (pytest)
     sublayers   every sublayer of the tiny model and of a Flash-wide slice against the CPU in float32, same inputs
     engine      captured against eager, ahead against in turn, alone against in company, tiny model
     warm-64, warm-256, warm-512, warm-prefill
@@ -15,6 +16,7 @@ allows. What each says is printed when it ends and kept in DIR/STAGE.txt; DIR/su
     mixed       64 requests of 1K to 128K tokens through a Flash-wide slice, pages audited; replay and company there too
     memory      what the largest steps need
     handoff     states from one process to another through device memory, where Mooncake's CUDA wheel is installed
+    state       each of the state kernels timed alone
 """
 
 from __future__ import annotations
@@ -55,8 +57,9 @@ from model.transformer import Transformer
 
 WARM = {"warm-64": ("64", 0), "warm-256": ("256", 0), "warm-512": ("512", 0), "warm-prefill": ("", 16384)}
 """Stage -> decode batch, tokens of the prompt chunk."""
-TOGETHER = ("compile", "sublayers", "engine", *WARM)
-ALONE = ("full", "mixed", "memory", "handoff")
+KERNEL_TESTS = ("attention_inputs", "compressor_kernels", "index_kernels", "sampling", "sparse_attention")
+TOGETHER = ("compile", "kernels", "sublayers", "engine", *WARM)
+ALONE = ("full", "mixed", "memory", "handoff", "state")
 SLACK = 0.02
 """Relative error (Frobenius) granted beyond one and a half times that of the same sublayer in bfloat16 on the CPU:
 quantised values and index choices that are near a boundary fall to either side."""
@@ -95,6 +98,11 @@ def stage_compile() -> None:
             (name, pool.submit(cuda_build.build, name)) for name in ("sparse_attention", "experts_w4a8")
         ]:
             attempt(name, lambda built=built: print(built.result()))  # type: ignore[misc]
+
+
+def stage_kernels() -> None:
+    files = [f"tests/kernels/test_{name}.py" for name in KERNEL_TESTS]
+    run_module("pytest", "-q", "-m", "gpu", "--tb=short", "-p", "no:cacheprovider", *files)
 
 
 def stage_sublayers(device: str = "cuda:0") -> None:
@@ -395,6 +403,7 @@ def main() -> int:
     if arguments.only:
         stages: dict[str, Callable[[], None]] = {
             "compile": stage_compile,
+            "kernels": stage_kernels,
             "sublayers": stage_sublayers,
             "engine": stage_engine,
             **{name: partial(stage_warm, *what) for name, what in WARM.items()},
@@ -402,6 +411,7 @@ def main() -> int:
             "mixed": stage_mixed,
             "memory": stage_memory,
             "handoff": stage_handoff,
+            "state": partial(run_module, "benchmarks.kernels", "--only", "state", "--quick"),
         }
         stages[arguments.only]()
         return 0
