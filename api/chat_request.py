@@ -19,6 +19,8 @@ from api.submission import Submission, build_submission, truncated
 from api.text_output import TextRules
 from runtime.errors import RequestError
 
+WARNING_HEADER = "X-Tandem-Warning"
+"""Says what was done otherwise than the caller may have expected."""
 _TOOL_CHOICES: tuple[Literal["none", "auto", "required"], ...] = ("none", "auto", "required")
 
 
@@ -179,4 +181,4 @@ def think_max_warning(mode: Mode, context: Context) -> dict[str, str]:
     message = f"Think Max asks for a context of at least {needed} tokens, this server has {has}"
     if context.settings.think_max_policy == "refuse":
         raise RequestError(f"reasoning_effort: {message}", param="reasoning_effort")
-    return {"X-Tandem-Warning": message}
+    return {WARNING_HEADER: message}

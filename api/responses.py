@@ -5,7 +5,7 @@ from typing import Any
 from aiohttp import web
 
 from api.body import decode
-from api.chat_request import chat_outputs, check_chat, prepare_chat, render
+from api.chat_request import WARNING_HEADER, chat_outputs, check_chat, prepare_chat, render
 from api.content_logprobs import ContentLogprobs
 from api.context import CONTEXT, Context
 from api.field_names import renamed_fields
@@ -71,7 +71,7 @@ async def responses(request: web.Request) -> web.StreamResponse:
             lambda reader: ResponsesResponse(reader, shape, keep),
             stream=bool(prepared.body.stream),
             arrived=arrived,
-            headers={**prepared.headers, **tool_warning(table)},
+            headers=with_tool_warning(prepared.headers, table),
         )
 
 
@@ -114,8 +114,10 @@ def resolved(items: Items, body: InputBody, context: Context) -> Items:
     return full
 
 
-def tool_warning(table: ToolTable) -> dict[str, str]:
-    """The header that says which tools the model was not shown."""
+def with_tool_warning(headers: dict[str, str], table: ToolTable) -> dict[str, str]:
+    """The headers, with a word on the tools that the model was not shown."""
     if not table.left_out:
-        return {}
-    return {"X-Tandem-Warning": f"tools not run by this server were left out: {', '.join(table.left_out)}"}
+        return headers
+    warning = f"tools not run by this server were left out: {', '.join(table.left_out)}"
+    other = headers.get(WARNING_HEADER)
+    return {**headers, WARNING_HEADER: warning if other is None else f"{other}; {warning}"}

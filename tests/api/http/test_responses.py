@@ -325,6 +325,9 @@ async def test_tools_that_only_openai_runs_are_left_out_with_a_warning(server: S
     assert response.headers["X-Tandem-Warning"].endswith("mcp, web_search")
     assert [tool["name"] for tool in (await response.json())["tools"]] == ["get_weather"]
     assert "web_search" not in prompt_of(server)
+    response = await server.post(PATH, body | {"reasoning": {"effort": "max"}})
+    assert "context" in response.headers["X-Tandem-Warning"]
+    assert response.headers["X-Tandem-Warning"].endswith("mcp, web_search")
     answer = await server.post_json(PATH, {"input": "hi", "max_output_tokens": 1, "tools": [{"type": "web_search"}]})
     assert answer["tools"] == []
     assert "## Tools" not in prompt_of(server)
