@@ -18,6 +18,9 @@ from engine.request import Request
 from engine.rows import Rows
 from model.batch import ForwardBatch
 
+_GPU_WIDTHS = 16
+"""Widths of page tables on a GPU are multiples of this."""
+
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
@@ -63,7 +66,10 @@ class BatchBuilder:
     def __init__(
         self, max_tokens: int, max_requests: int, max_pages: int, device: torch.device, *, spare_slot: int
     ) -> None:
-        largest = _fields(max_tokens, max_requests, max_pages, max_tokens + max_requests)
+        # Kernels are compiled for what the widths of tables are multiples of: one kind serves every step.
+        self._width_step = _GPU_WIDTHS if device.type == "cuda" else 1
+        widest = -(-max_pages // self._width_step) * self._width_step
+        largest = _fields(max_tokens, max_requests, widest, max_tokens + max_requests)
         self._arena = Arena(sum(field.num_bytes for field in largest), device)
         self._spare_slot = spare_slot
         self._counting: NDArray[np.int64] = np.arange(max(max_tokens, max_requests + 1), dtype=np.int64)
@@ -82,6 +88,7 @@ class BatchBuilder:
             num_tokens = num_decode + sum(chunk.num_tokens for chunk in chunks)
             width = int(rows.num_pages[:num_decode].max(initial=1))
             width = max([width, *(len(chunk.request.owned.page_ids) for chunk in chunks)])
+            width = -(-width // self._width_step) * self._width_step
         else:
             num_requests = num_tokens = shape.num_requests
             width = shape.num_pages
@@ -98,6 +105,7 @@ class BatchBuilder:
         query_start[: num_decode + 1] = self._counting[: num_decode + 1]
         most = min(width, rows.page_table.shape[1])
         table[:num_decode, :most] = rows.page_table[:num_decode, :most]
+        table[:num_decode, most:] = 0
         if shape is not None:
             self._pad(arrays, num_decode)
         end = num_decode
