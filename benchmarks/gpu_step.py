@@ -26,7 +26,7 @@ from engine.batch import PaddedShape
 from engine.engine import Engine
 from engine.memory import PoolSizes
 from model.presets import flash
-from runtime.requests import SamplingParams, Submit
+from runtime.requests import RequestFailed, SamplingParams, Submit
 from runtime.token_ids import TokenIds
 
 RANKS = 4
@@ -123,7 +123,14 @@ def _decode(rank: Rank, batch: int, context: int, share: float, directory: Path 
 
 def _steps(engine: Engine, count: int) -> None:
     for _ in range(count):
-        engine.step()
+        _step(engine)
+
+
+def _step(engine: Engine) -> None:
+    """Raises RuntimeError when a request fails: what is timed then is not what was meant."""
+    for message in engine.step():
+        if isinstance(message, RequestFailed):
+            raise RuntimeError(f"{message.request_id} failed: {message.message}")
 
 
 def _event_ms(call: object, repeats: int = 8) -> float:
@@ -150,8 +157,7 @@ def _prefill(rank: Rank, chunk: int, share: float, directory: Path | None) -> No
             )
         )  # fmt: skip
         while engine.has_work:
-            for message in engine.step():
-                print(f"  {message}"[:160], flush=True) if "Failed" in type(message).__name__ else None
+            _step(engine)
 
     warm_ms = 1e3 * seconds(run, rank.device)
     ms = min(1e3 * seconds(run, rank.device) for _ in range(2))
