@@ -178,9 +178,15 @@ def best(figures: list[Figures]) -> Figures:
     return {name: (max if name.endswith("/s") else min)(run[name] for run in figures) for name in figures[0]}
 
 
+def installed_peer() -> str | None:
+    """In this environment (requirements/test.txt has it), or on the path."""
+    here = Path(sys.executable).with_name("vllm-router")
+    return str(here) if here.exists() else shutil.which("vllm-router")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.router", description=__doc__)
-    parser.add_argument("--peer", default=shutil.which("vllm-router"), help="vllm-router's executable")
+    parser.add_argument("--peer", default=installed_peer(), help="vllm-router's executable; '' for none")
     parser.add_argument("--seconds", type=float, default=2.0, help="per cell and router")
     parser.add_argument("--cells", nargs="*", choices=[cell.__name__ for cell in ALL_CELLS], help="default: all")
     parser.add_argument("--repeats", type=int, default=3, help="rounds; the best of each figure is shown")
