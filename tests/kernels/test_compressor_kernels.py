@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from triton.runtime import interpreter
 
 from kernels.compressor import EntryTarget, compress_overlapping_ref, compress_pending_ref
 from kernels.triton_compressor import compress_overlapping_triton, compress_pending_triton, fits_gpu
@@ -109,6 +110,19 @@ def test_overlapping_state_and_entries_follow_the_twin(device, form, rope, dtype
 )
 def test_pending_state_and_entries_follow_the_twin(device, form, dtype, ratio):
     _pending(device, STEPS, ratio, form=form, dtype=dtype, simulate=form == "kv_fp8")
+
+
+@pytest.mark.interpreter
+def test_programs_may_run_in_any_order(device, monkeypatch):
+    builder = type(interpreter.interpreter_builder)
+    forward = builder.set_grid_idx
+
+    def backward(self, x, y, z):
+        forward(self, self.grid_dim[0] - 1 - x, self.grid_dim[1] - 1 - y, self.grid_dim[2] - 1 - z)
+
+    monkeypatch.setattr(builder, "set_grid_idx", backward)
+    _overlapping(device, STEPS, form="f32", rope=64, dtype=torch.float32, simulate=False)
+    _pending(device, STEPS, 8, form="f32", dtype=torch.float32, simulate=False)
 
 
 def test_a_pass_without_tokens_changes_nothing(device):
