@@ -41,7 +41,9 @@ async def expected(
 
 
 @pytest.mark.parametrize(
-    ("prefill_tokens", "decode_pages"), [(512, "auto"), (37, 24)], ids=["whole prompts", "odd chunks, preemption"]
+    ("prefill_tokens", "decode_pages", "steps"),
+    [(512, "auto", {}), (37, 24, {"async_scheduling": "on", "cudagraph_capture_sizes": [2, 8]})],
+    ids=["whole prompts", "odd chunks, preemption, steps ahead and padded"],
 )
 async def test_tokens_and_logprobs_equal_the_standalone_node(
     tmp_path: Path,
@@ -50,13 +52,14 @@ async def test_tokens_and_logprobs_equal_the_standalone_node(
     expected: list[Answer],
     prefill_tokens: int,
     decode_pages: int | str,
+    steps: dict[str, Any],
 ) -> None:
     cluster = Cluster(
         tmp_path,
         tiny_checkpoint,
         both=PLAIN,
-        prefill=[{"engine": {"max_num_batched_tokens": prefill_tokens, "max_num_seqs": 8}}],
-        decode=[{"engine": {"num_pages": decode_pages}}],
+        prefill=[{"engine": {"max_num_batched_tokens": prefill_tokens, "max_num_seqs": 8, **steps}}],
+        decode=[{"engine": {"num_pages": decode_pages, **steps}}],
     )
     async with cluster:
         assert_same(await complete_all(cluster.url, *workload, concurrency=1), expected)
