@@ -17,6 +17,8 @@ import aiohttp
 import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
+START_S = 180.0
+"""For all processes of a cluster to serve: nine of them start at once on two cores that others use too."""
 
 
 def free_port() -> int:
@@ -163,7 +165,7 @@ class Cluster:
         try:
             await self.wait_proven()
             for node in [*self.prefill, *self.decode]:
-                await wait_healthy(node.url, 60, self.programs)
+                await wait_healthy(node.url, START_S, self.programs)
             await self.wait_joined()
         except BaseException:
             await self.__aexit__()
@@ -174,7 +176,7 @@ class Cluster:
         for program in reversed(self.programs):
             await asyncio.to_thread(program.stop)
 
-    async def wait_proven(self, deadline_s: float = 60.0) -> None:
+    async def wait_proven(self, deadline_s: float = START_S) -> None:
         await wait_healthy(self.url, deadline_s, self.programs)
 
     async def wait_joined(self, deadline_s: float = 30.0) -> None:
@@ -262,7 +264,7 @@ async def standalone(directory: Path, checkpoint: Path, extra: dict[str, Any] | 
     program = Program(directory, "standalone", "decode_node", merged(config, extra or {}))
     program.start()
     try:
-        await wait_healthy(program.url, 60, [program])
+        await wait_healthy(program.url, START_S, [program])
         yield program
     finally:
         await asyncio.to_thread(program.stop)

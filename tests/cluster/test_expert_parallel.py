@@ -16,7 +16,7 @@ import pytest_asyncio
 
 from model.config import ModelConfig
 from tests.cluster.client import Answer, complete_all, prompts_of_lengths
-from tests.cluster.harness import Cluster, Program, free_port, ranks, standalone, wait_healthy, wait_idle
+from tests.cluster.harness import START_S, Cluster, Program, free_port, ranks, standalone, wait_healthy, wait_idle
 
 PLAIN: dict[str, Any] = {"engine": {"numerics": "plain", "dtype": "float32", "block_size": 32}}
 PROMPTS = prompts_of_lengths([1, 5, 16, 33, 64, 100], seed=23)
@@ -139,7 +139,7 @@ async def test_a_group_over_two_nodes_serves_as_one_and_fails_as_one(
             node.config |= shared(1, address=meeting["address"], ranks=2, first_rank=rank)
             node.start()
         for node in cluster.decode:
-            await wait_healthy(node.url, 60, cluster.decode)
+            await wait_healthy(node.url, START_S, cluster.decode)
         answer = asyncio.create_task(complete_all(cluster.decode[1].url, PROMPTS[-1:], [50], concurrency=1))
         while not answer.done():
             if any(rank["running"] for rank in await ranks(cluster.decode[1].url)):
