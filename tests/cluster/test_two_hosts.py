@@ -52,7 +52,7 @@ class Deployment:
         ranks: list[dict[str, Any]] = answer
         return ranks
 
-    def until(self, what: str, condition: Callable[[], bool], deadline_s: float = 60.0) -> None:
+    def until(self, what: str, condition: Callable[[], bool], deadline_s: float = 100.0) -> None:
         deadline = time.monotonic() + deadline_s
         while not condition():
             for program in self.programs:
