@@ -28,7 +28,9 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 _PART_S = 5.0
 """For a sibling to answer with its part of something, or to accept a connection."""
-_HOP_BY_HOP = frozenset(("connection", "content-length", "host", "keep-alive", "transfer-encoding", "upgrade"))
+_HOP_BY_HOP = frozenset(("connection", "content-length", "keep-alive", "transfer-encoding", "upgrade"))
+_SETTLED = _HOP_BY_HOP | {"content-encoding", "expect", "host"}
+"""Of a request: also what has been dealt with when its body was read."""
 
 
 def _sum_loads(parts: Sequence[bytes]) -> bytes:
@@ -147,7 +149,7 @@ class Siblings:
 
     async def _forward(self, request: web.Request, owner: int) -> web.StreamResponse:
         """Let `owner` answer. A client that goes away cancels this, which closes the connection to `owner`."""
-        headers = [(name, value) for name, value in request.headers.items() if name.lower() not in _HOP_BY_HOP]
+        headers = [(name, value) for name, value in request.headers.items() if name.lower() not in _SETTLED]
         call = self._session(owner, "api").request(
             request.method, request.rel_url, data=await request.read() or None, headers=headers, allow_redirects=False
         )

@@ -65,10 +65,14 @@ async def respond(session: aiohttp.ClientSession, **fields: Any) -> dict[str, An
 
 
 async def follow(session: aiohttp.ClientSession, previous: str, *, leave: bool) -> list[str]:
-    """The names of the events of a streamed follow-up, or of its beginning if the client leaves."""
+    """The names of the events of a streamed follow-up, or of its beginning if the client leaves.
+
+    The body is compressed, which only the process that reads it first can know.
+    """
     body = {"input": "and", "previous_response_id": previous, "stream": True, "reasoning": {"effort": "none"}}
     names = []
-    async with session.post("/v1/responses", json=body | {"max_output_tokens": 4000 if leave else 4}) as response:
+    body["max_output_tokens"] = 4000 if leave else 4
+    async with session.post("/v1/responses", json=body, compress="gzip") as response:
         assert response.status == 200, await response.text()
         async for line in response.content:
             if line.startswith(b"event: "):
