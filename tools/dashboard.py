@@ -65,8 +65,9 @@ ROWS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
         (
             Panel("Errors of the router", "reqps", rate("tandem_router_failures_total", "code")),
             Panel("Legs tried again", "reqps", rate("tandem_router_retries_total", "leg, step")),
-            Panel("Clients gone, streams broken", "reqps", (
+            Panel("Clients gone, streams continued elsewhere, streams broken", "reqps", (
                 *rate("tandem_router_client_disconnects_total", "job"),
+                *rate("tandem_router_resumes_total", "job"),
                 *rate("tandem_router_broken_streams_total", "job"))),
             Panel("Way of the state", "reqps", rate("tandem_router_path_total", "path"),
                   "handoff is the rule; recompute: a prompt was computed twice; local: no prefill node was up."),
