@@ -38,6 +38,7 @@ async def demo(url: str, decode_metrics: str, max_tokens: int = 64) -> None:
         usage: dict[str, int] = {}
         async with session.post(f"{url}/v1/chat/completions", json=body) as response:
             response.raise_for_status()
+            path = response.headers.get("X-Tandem-Path", "")
             async for line in response.content:
                 if not line.startswith(b"data: {"):
                     continue
@@ -60,4 +61,4 @@ async def demo(url: str, decode_metrics: str, max_tokens: int = 64) -> None:
         moved = metric(after, "tandem_handoff_bytes_total") - metric(before, "tandem_handoff_bytes_total")
         took = metric(after, "tandem_handoff_seconds_sum") - metric(before, "tandem_handoff_seconds_sum")
         print(f", {moved / 1024:.1f} KiB of state handed over in {1000 * took:.1f} ms", end="")
-    print(flush=True)
+    print(f" (path: {path})" if path else "", flush=True)

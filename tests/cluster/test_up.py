@@ -48,7 +48,7 @@ def test_one_command_serves_and_one_signal_ends_it(tmp_path: Path, tiny_checkpoi
         assert f"serving on {url}" in output, output
         shown = re.search(
             r"TTFT ([\d.]+) ms, (\d+) tokens/s, (\d+) prompt \+ (\d+) generated tokens, "
-            r"([\d.]+) KiB of state handed over in ([\d.]+) ms",
+            r"([\d.]+) KiB of state handed over in ([\d.]+) ms \(path: handoff\)",
             output,
         )
         assert shown is not None, output
