@@ -97,7 +97,7 @@ def _serve(channel: EngineChannel, rank: int, spec: WorkerSpec) -> None:
             read_bytes=PoolBytes(loaded.memory.pages, loaded.memory.slots),
             wake=channel.wake,
         )
-        transfer.start()
+        transfer.start(spec.config.ready_timeout_s)
     try:
         engine = Engine(
             loaded.config,
