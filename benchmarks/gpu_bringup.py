@@ -10,6 +10,7 @@ allows. What each says is printed when it ends and kept in DIR/STAGE.txt; DIR/su
     kernels     state and sampling kernels against their twins at Flash's size (pytest)
     sublayers   every sublayer of the tiny model and of a Flash-wide slice against the CPU in float32, same inputs
     engine      captured against eager, ahead against in turn, alone against in company, tiny model
+    exchange    tokens to their experts and back through NCCL, eager and captured, one rank for each GPU
     warm-64, warm-256, warm-512, warm-prefill
                 decode steps and a prompt chunk of a Flash-wide slice: their kernels are compiled before they are timed
     full        decode steps and a prompt chunk at 43 layers
@@ -58,7 +59,7 @@ from model.transformer import Transformer
 WARM = {"warm-64": ("64", 0), "warm-256": ("256", 0), "warm-512": ("512", 0), "warm-prefill": ("", 16384)}
 """Stage -> decode batch, tokens of the prompt chunk."""
 KERNEL_TESTS = ("attention_inputs", "compressor_kernels", "index_kernels", "sampling", "sparse_attention")
-TOGETHER = ("compile", "kernels", "sublayers", "engine", *WARM)
+TOGETHER = ("compile", "kernels", "sublayers", "engine", "exchange", *WARM)
 ALONE = ("full", "mixed", "memory", "handoff", "state")
 SLACK = 0.02
 """Relative error (Frobenius) granted beyond one and a half times that of the same sublayer in bfloat16 on the CPU:
@@ -406,6 +407,7 @@ def main() -> int:
             "kernels": stage_kernels,
             "sublayers": stage_sublayers,
             "engine": stage_engine,
+            "exchange": partial(run_module, "benchmarks.expert_exchange", "--tokens", "64,512"),
             **{name: partial(stage_warm, *what) for name, what in WARM.items()},
             "full": lambda: stage_full(arguments.out, arguments.deadline_s),
             "mixed": stage_mixed,
