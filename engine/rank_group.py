@@ -107,7 +107,7 @@ class RankGroup:
         """The smallest of what all ranks call with, in the same order; also a way to wait for all of them. For the
         start: later the connections carry rounds. Raises EngineError when a peer is gone or late."""
         self.mesh.send(value.to_bytes(RECORD_BYTES, "little"))
-        return min(value, *(int.from_bytes(said, "little") for said in self.mesh.receive(timeout_s).values()))
+        return min([value, *(int.from_bytes(said, "little") for said in self.mesh.receive(timeout_s).values())])
 
     def all_gather(self, output: Tensor, mine: Tensor) -> Pending:
         """output [size * n, ...] = everybody's `mine` [n, ...], by rank. Contiguous, equal shapes on all ranks."""
