@@ -45,8 +45,8 @@ class PeerWatch:
         poller.poll()
         if self._stopped.wait(self._grace_s) or self._mesh.is_over:
             return
-        log.error("rank %d lost a peer in the middle of a step: ending what waits for it", self._mesh.rank)
+        log.error("rank %d lost a peer and is elsewhere: ending what may wait for it", self._mesh.rank)
         self._abort()
         if not self._stopped.wait(self._grace_s) and not self._mesh.is_over:
-            log.critical("rank %d still waits for a peer that is gone: the process exits", self._mesh.rank)
+            log.critical("rank %d has still not noticed that a peer is gone: the process exits", self._mesh.rank)
             os._exit(1)
