@@ -99,7 +99,7 @@ async def test_a_stream_cut_after_any_chunk_goes_on_where_it_broke(
     (_, head), *whole = await run()
     created = int(re.search(rb"(?i)%b: (\d+)" % CREATED_HEADER.encode(), head)[1])  # type: ignore[index]
     expected = comparable(b"".join(data for _, data in whole))
-    for cut in range(1, len(whole)):
+    for cut in range(1, len(whole), 1 + len(whole) // 40):
         ids, ended = read_notes(b"".join(extension for extension, _ in whole[:cut]))
         assert not ended
         resume = {"token_ids": ids, "created": created}
