@@ -217,6 +217,27 @@ def test_a_rank_in_another_round_is_refused():
     other_mesh.close()
 
 
+def test_a_farewell_is_heard_although_the_connection_was_reset_behind_it():
+    """A rank that closes with a peer's record unread resets the connection."""
+    server = socket.create_server(("127.0.0.1", 0))
+    ours = socket.create_connection(server.getsockname())
+    theirs, _ = server.accept()
+    server.close()
+    mesh, leaving_mesh = PeerMesh(0, {1: ours}, RECORD_BYTES), PeerMesh(1, {0: theirs}, RECORD_BYTES)
+    staying, leaving = Lockstep(mesh, 2, 60), Lockstep(leaving_mesh, 2, 60)
+    mesh.send(bytes(RECORD_BYTES))
+    while not leaving_mesh.pending:
+        time.sleep(0.001)
+    leaving.leave()
+    leaving_mesh.close()
+    while not staying.busy:
+        time.sleep(0.001)
+    assert not staying.agree(intent(0)).runs
+    with pytest.raises(EngineError, match="left the group"):
+        staying.agree(intent(1))
+    mesh.close()
+
+
 def test_strangers_do_not_get_into_the_group():
     token, deadline = b"t" * 16, time.monotonic() + 60
     listener, caller = Listener(0, "127.0.0.1"), Listener(1, "127.0.0.1")
