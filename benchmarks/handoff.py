@@ -24,8 +24,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
-import numpy as np
+import torch
 
+from engine.pool_bytes import PoolBytes
 from kv_transfer.agent import TransferAgent
 from kv_transfer.agent_events import AgentEvent, Received, ReceiveFailed, SendEnded
 from kv_transfer.config import TransferConfig
@@ -54,13 +55,18 @@ class Rank:
         )
         # One slot's worth more than the pages, so that a whole state is also one contiguous buffer.
         num_bytes = num_pages * layout.page_bytes + 2 * layout.slot_bytes
-        self._memory, base = _allocate(num_bytes, device)
+        self._memory = torch.full((num_bytes,), 7, dtype=torch.uint8, device=device)
+        if self._memory.is_cuda:
+            torch.cuda.synchronize()
+        base = self._memory.data_ptr()
         self.pages = MemoryRegion(base, layout.page_bytes, num_pages)
         self.slots = MemoryRegion(base + self.pages.num_bytes, layout.slot_bytes, 2)
         self._event = threading.Event()
+        pool_bytes = PoolBytes(self._memory)
         self.agent = TransferAgent(
-            config, self.format, pages=self.pages, slots=self.slots, rank=0, wake=self._event.set
-        )
+            config, self.format, pages=self.pages, slots=self.slots, rank=0, wake=self._event.set,
+            read_bytes=pool_bytes, bind_thread=pool_bytes.bind_thread,
+        )  # fmt: skip
         self.agent.start()
         self.bare = MooncakeEngine(config, (MemoryRegion(base, num_bytes, 1),))
         self.base_address = base
@@ -73,18 +79,6 @@ class Rank:
         if not isinstance(events[0], kind) or len(events) > 1:
             raise SystemExit(f"unexpected: {events}")
         return events[0]
-
-
-def _allocate(num_bytes: int, device: str) -> tuple[object, int]:
-    """(what keeps the memory, its address)."""
-    if device == "cpu":
-        array = np.full(num_bytes, 7, dtype=np.uint8)
-        return array, array.ctypes.data
-    import torch
-
-    tensor = torch.full((num_bytes,), 7, dtype=torch.uint8, device=device)
-    torch.cuda.synchronize()
-    return tensor, tensor.data_ptr()
 
 
 def serve(config: TransferConfig, num_pages: int, device: str) -> None:

@@ -16,6 +16,14 @@ class PoolBytes:
         self._pools = [pool.view(-1) for pool in pools]
         self._streams = [torch.cuda.Stream(pool.device) if pool.is_cuda else None for pool in pools]
 
+    def bind_thread(self) -> None:
+        """Make the pools' device the current one of the calling thread, and create its context there."""
+        for pool in self._pools:
+            if pool.is_cuda:
+                torch.cuda.set_device(pool.device)
+                # A call that reaches the driver: choosing a device alone does not.
+                torch.cuda.synchronize(pool.device)
+
     def __call__(self, address: int, num_bytes: int) -> memoryview:
         """Raises ValueError for bytes outside of the pools."""
         for pool, stream in zip(self._pools, self._streams, strict=True):

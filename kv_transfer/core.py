@@ -18,7 +18,7 @@ from kv_transfer.mooncake import PROTOCOLS, MooncakeEngine, engine_version
 from kv_transfer.peers import Peers
 from kv_transfer.reader import Reader
 from kv_transfer.receiver import Receiver
-from kv_transfer.regions import MemoryRegion, ReadBytes
+from kv_transfer.regions import BindThread, MemoryRegion, ReadBytes
 from kv_transfer.sender import Sender
 from kv_transfer.service import HandoffService
 from kv_transfer.stats import TransferCounters
@@ -55,6 +55,7 @@ class TransferCore:
         slots: MemoryRegion,
         port: int,
         read_bytes: ReadBytes,
+        bind_thread: BindThread,
         emit: Callable[[AgentEvent], None],
     ) -> None:
         self.config = config
@@ -62,6 +63,7 @@ class TransferCore:
         self._pages = pages
         self._slots = slots
         self._port = port
+        self._bind_thread = bind_thread
         self._emit = emit
         self._clock = time.monotonic
         self._counters = TransferCounters()
@@ -180,7 +182,7 @@ class TransferCore:
     # ---- the engine -------------------------------------------------------------------------------------------------
 
     def _create_engine(self) -> None:
-        self._engine = MooncakeEngine(self.config, (self._pages, self._slots))
+        self._engine = MooncakeEngine(self.config, (self._pages, self._slots), self._bind_thread)
         self.epoch = secrets.token_hex(16)
         self.receiver.reader = Reader(
             self._engine,

@@ -20,7 +20,7 @@ from typing import Any
 from kv_transfer.config import TransferConfig
 from kv_transfer.descriptor import DescriptorError, read_descriptor
 from kv_transfer.pieces import Piece
-from kv_transfer.regions import MemoryRegion
+from kv_transfer.regions import BindThread, MemoryRegion, bind_no_device
 from runtime.errors import ConfigError, TransferError
 
 log = logging.getLogger(__name__)
@@ -143,11 +143,16 @@ def engine_version() -> str:
 
 
 class MooncakeEngine:
-    """One transfer engine with its registered regions. Every method but `submit` and `close` returns at once."""
+    """One transfer engine with its registered regions. Every method but `connect` and `close` returns at once."""
 
-    def __init__(self, config: TransferConfig, regions: tuple[MemoryRegion, ...]) -> None:
+    def __init__(
+        self, config: TransferConfig, regions: tuple[MemoryRegion, ...], bind_thread: BindThread = bind_no_device
+    ) -> None:
         """Raises ConfigError when the engine, a registration or the transport is not what the config asks for."""
         module = _load(config)
+        # A thread without the device's context can neither register its memory nor open that of a peer.
+        bind_thread()
+        self._bind_thread = bind_thread
         self._engine: Any = module.TransferEngine()
         protocol = PROTOCOLS[config.transport]
         if self._engine.initialize(config.host, "P2PHANDSHAKE", protocol, ",".join(config.devices)) != 0:
@@ -171,14 +176,18 @@ class MooncakeEngine:
         log.info("transfer engine %s: %s over %s", self.session_id, engine_version(), config.transport)
 
     def submit(self, session_id: str, piece: Piece) -> int:
-        """Start one read and return its id. TransferError if the engine does not take it.
-
-        The first submit to a session connects to it, which may block: see `Reader`.
-        """
+        """Start one read and return its id. TransferError if the engine does not take it."""
         read_id = self._engine.batch_transfer_async_read(session_id, [piece.local], [piece.remote], [piece.num_bytes])
         if read_id == 0:
             raise TransferError(f"the transfer engine refused a read of {piece.num_bytes} bytes from {session_id}")
         return int(read_id)
+
+    def connect(self, session_id: str, piece: Piece) -> int:
+        """`submit` for the first read from a session: connects to it, which may block, so it is called on a thread of
+        its own.
+        """
+        self._bind_thread()
+        return self.submit(session_id, piece)
 
     def poll(self, read_id: int) -> ReadState:
         """The state of a read. Once it is not PENDING the id is gone and must not be used again."""

@@ -253,7 +253,7 @@ class Reader:
         self._opening = read
         read.group.in_flight += 1
         self._in_flight += 1
-        call = run_in_thread(lambda: self._engine.submit(read.group.session_id, read.piece), "first-contact")
+        call = run_in_thread(lambda: self._engine.connect(read.group.session_id, read.piece), "first-contact")
         call.add_done_callback(lambda done: self._opened(session, read, done))
 
     def _opened(self, session: _Session, read: _Read, call: "asyncio.Future[int]") -> None:

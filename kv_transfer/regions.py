@@ -31,6 +31,14 @@ ReadBytes = Callable[[int, int], bytes | memoryview]
 """(address, num_bytes) -> those bytes on the host, as a copy or a view. Lets checksums reach device memory."""
 
 
+BindThread = Callable[[], None]
+"""Called on every thread of ours before it first calls the transfer engine: binds it to the device of the pools."""
+
+
+def bind_no_device() -> None:
+    """The default `BindThread`: host memory is the same on all threads."""
+
+
 def read_host_bytes(address: int, num_bytes: int) -> memoryview:
     """The default `ReadBytes`: a view of host memory, no copy."""
     return memoryview((ctypes.c_char * num_bytes).from_address(address)).cast("B")

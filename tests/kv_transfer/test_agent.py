@@ -24,6 +24,8 @@ class Side:
         self.slots = generator.integers(0, 256, (4, SLOT), dtype=np.uint8)
         self.rung = threading.Event()
         self.backlog: list[AgentEvent] = []
+        self.bound: list[str] = []
+        """Names of the threads that were bound to a device."""
         self.agent = TransferAgent(
             TransferConfig(verify="sample"),
             FORMAT,
@@ -31,6 +33,7 @@ class Side:
             slots=MemoryRegion(self.slots.ctypes.data, SLOT, 4),
             rank=0,
             wake=self.rung.set,
+            bind_thread=lambda: self.bound.append(threading.current_thread().name),
         )
         self.agent.start(20.0)
 
@@ -70,6 +73,12 @@ def test_bytes_are_equal_and_untouched_records_stay_as_they_were(sides):
     assert np.array_equal(decode.slots[:3], before[1][:3])
     for side in sides:
         side.agent.check_integrity()
+
+
+def test_every_thread_that_calls_the_transfer_engine_is_bound_to_the_pools_device_first(sides):
+    prefill, decode = sides
+    assert prefill.bound[0] == decode.bound[0] == "transfer-0"
+    assert "first-contact" in decode.bound
 
 
 def test_the_counters_can_be_looked_at_without_waiting(sides):

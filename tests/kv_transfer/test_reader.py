@@ -29,6 +29,8 @@ class ScriptedEngine:
         self.states[read_id], self.pieces[read_id] = ReadState.PENDING, piece
         return read_id
 
+    connect = submit
+
     def poll(self, read_id: int) -> ReadState:
         state = self.states[read_id]
         if state is not ReadState.PENDING:
