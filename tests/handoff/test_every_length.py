@@ -8,8 +8,9 @@ import msgspec
 import pytest
 import torch
 
+from model.transformer import Transformer
 from tests.handoff.state_process import State, decode, main, model_and_pools
-from tests.model.helpers import Request, step
+from tests.model.helpers import Pools, Request, step
 
 FORMATS = {
     "float32, released numerics, packed rows": ("released", "float32", "fp8", "mxfp4"),
@@ -17,6 +18,8 @@ FORMATS = {
     "float32, plain numerics, float32 rows": ("plain", "float32", "f32", "f32"),
 }
 GROUP = 25
+BLOCK = 16
+"""Of the coarsest compressor of the model in `state_process`."""
 NUM_PAGES = GROUP * 5
 EVERY = list(range(1, 601))
 AROUND = [767, 768, 769, 1023, 1024, 1025]
@@ -45,6 +48,25 @@ def prompt(length: int) -> list[int]:
     return torch.randint(160, (length,), generator=torch.Generator().manual_seed(length)).tolist()
 
 
+def prefill(model: Transformer, state: Pools, requests: list[Request], lengths: list[int]) -> list[int]:
+    """All prompts in one pass -> their first tokens. Neighbouring lengths are prefixes of one prompt, and what lies
+    before the last block boundary that all of them have passed is computed once, as a chunk, and copied."""
+    prompts = [prompt(length) for length in lengths]
+    if lengths == list(range(lengths[0], lengths[0] + len(lengths))):
+        prompts = [prompts[-1][:length] for length in lengths]
+        begun = (lengths[0] - 1) // BLOCK * BLOCK
+        first = requests[0]
+        if begun:
+            step(model, state.views, [(first, prompts[0][:begun])], all_logits=False)
+        for other in requests[1:]:
+            other.length = begun
+            state.slots[other.slot] = state.slots[first.slot]
+            for page, copied in zip(first.pages[: state.layout.pages_for(begun)], other.pages, strict=False):
+                state.pages[copied] = state.pages[page]
+    parts = [(request, tokens[request.length :]) for request, tokens in zip(requests, prompts, strict=True)]
+    return step(model, state.views, parts, all_logits=False).argmax(dim=-1).tolist()
+
+
 def groups(lengths: list[int]) -> list[list[int]]:
     return [lengths[start : start + GROUP] for start in range(0, len(lengths), GROUP)]
 
@@ -63,8 +85,7 @@ def test_decode_in_another_process_equals_decode_here_bit_for_bit(other_process:
             Request(slot, [next(free) for _ in range(state.layout.pages_for(length) + 1)])
             for slot, length in enumerate(lengths)
         ]
-        parts = [(request, prompt(length)) for request, length in zip(requests, lengths, strict=True)]
-        first_tokens = step(model, state.views, parts, all_logits=False).argmax(dim=-1).tolist()
+        first_tokens = prefill(model, state, requests, lengths)
         states = [
             State(
                 request.length,

@@ -61,7 +61,7 @@ async def node(
         return web.Response(status=503 if engines.trouble else 200, text=engines.trouble or "")
 
     app.router.add_get("/health", health)
-    add_cluster_routes(app, membership, cast(NodeEngineClient, engines))
+    add_cluster_routes(app, membership, cast(NodeEngineClient, engines), list)
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0)
     await site.start()
