@@ -29,9 +29,7 @@ run: setup $(CHECKPOINT)/config.json
 
 test: setup-test
 	$(MAKE) --no-print-directory check
-	# One worker a core; what watches deadlines of several processes runs afterwards, by itself.
-	$(RUN) -m pytest --ignore tests/cluster -n 2 --dist loadfile --no-loadscope-reorder
-	$(RUN) -m pytest tests/cluster
+	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 check: lint types
 

@@ -15,10 +15,16 @@ from tests.cluster.harness import Cluster, ranks, standalone
 PLAIN: dict[str, Any] = {"engine": {"numerics": "plain", "dtype": "float32", "block_size": 32}}
 LENGTHS = [1, 2, 3, 4, 5, 7, 8, 15, 16, 17, 31, 32, 33, 63, 64, 65, 100, 127, 128, 129, 131, 200, 255, 256, 257, 300]
 LENGTHS += [12, 45, 77, 150, 222, 290]
+FEW_PAGES = 24
+CROWD, CROWD_TOKENS = 8, 110
+"""Requests that fit with a page each, and need five of them, 40 together, before the first has ended."""
+
+Workload = tuple[list[list[int]], list[int]]
 
 
-def assert_same(got: list[Answer], expected: list[Answer]) -> None:
-    for length, left, right in zip(LENGTHS, got, expected, strict=True):
+def assert_same(workload: Workload, got: list[Answer], expected: list[Answer]) -> None:
+    for prompt, left, right in zip(workload[0], got, expected, strict=True):
+        length = len(prompt)
         assert left.token_ids == right.token_ids, f"prompt of {length} tokens"
         assert left.logprobs == pytest.approx(right.logprobs, abs=1e-4), f"prompt of {length} tokens"
         assert left.finish_reason == right.finish_reason == "length"
@@ -27,29 +33,38 @@ def assert_same(got: list[Answer], expected: list[Answer]) -> None:
 
 
 @pytest.fixture(scope="module")
-def workload() -> tuple[list[list[int]], list[int]]:
+def workload() -> Workload:
     rng = random.Random(3)
-    return prompts_of_lengths(LENGTHS, seed=5), [rng.randint(1, 40) for _ in LENGTHS]
+    return prompts_of_lengths(LENGTHS, seed=5), [rng.randint(1, 24) for _ in LENGTHS]
+
+
+@pytest.fixture(scope="module")
+def crowd() -> Workload:
+    return prompts_of_lengths([20] * CROWD, seed=6), [CROWD_TOKENS] * CROWD
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def expected(
-    tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory, workload: tuple[list[list[int]], list[int]]
-) -> AsyncIterator[list[Answer]]:
+    tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory, workload: Workload, crowd: Workload
+) -> AsyncIterator[tuple[list[Answer], list[Answer]]]:
     async with standalone(tmp_path_factory.mktemp("alone"), tiny_checkpoint, PLAIN) as node:
-        yield await complete_all(node.url, *workload, concurrency=1)
+        yield (
+            await complete_all(node.url, *workload, concurrency=1),
+            await complete_all(node.url, *crowd, concurrency=CROWD),
+        )
 
 
 @pytest.mark.parametrize(
     ("prefill_tokens", "decode_pages", "steps"),
-    [(512, "auto", {}), (37, 24, {"async_scheduling": "on", "cudagraph_capture_sizes": [2, 8]})],
+    [(512, "auto", {}), (37, FEW_PAGES, {"async_scheduling": "on", "cudagraph_capture_sizes": [2, 8]})],
     ids=["whole prompts", "odd chunks, preemption, steps ahead and padded"],
 )
 async def test_tokens_and_logprobs_equal_the_standalone_node(
     tmp_path: Path,
     tiny_checkpoint: Path,
-    workload: tuple[list[list[int]], list[int]],
-    expected: list[Answer],
+    workload: Workload,
+    crowd: Workload,
+    expected: tuple[list[Answer], list[Answer]],
     prefill_tokens: int,
     decode_pages: int | str,
     steps: dict[str, Any],
@@ -62,8 +77,9 @@ async def test_tokens_and_logprobs_equal_the_standalone_node(
         decode=[{"engine": {"num_pages": decode_pages, **steps}}],
     )
     async with cluster:
-        assert_same(await complete_all(cluster.url, *workload, concurrency=1), expected)
-        assert_same(await complete_all(cluster.url, *workload, concurrency=32), expected)
+        assert_same(workload, await complete_all(cluster.url, *workload, concurrency=1), expected[0])
+        assert_same(workload, await complete_all(cluster.url, *workload, concurrency=32), expected[0])
+        assert_same(crowd, await complete_all(cluster.url, *crowd, concurrency=CROWD), expected[1])
         await cluster.wait_idle()
         (decode,) = await ranks(cluster.decode[0].url)
         assert decode["transfers_received"] >= 2 * len(LENGTHS)
