@@ -85,8 +85,8 @@ async def _measure(config: ClusterConfig, directory: Path, requests: int, prompt
     async with cluster(config, directory) as programs:
         watchers = [asyncio.create_task(program.watch(console)) for program in programs]
         try:
-            for url in (urls["router-local"], urls["router-split"]):
-                await wait_until_proven(url, 120)
+            for name in ("router-local", "router-split"):
+                await wait_until_proven(urls[name], 120, handed_over=name == "router-split")
             async with aiohttp.ClientSession() as session:
                 await _report(session, urls, requests, prompt_tokens)
         finally:

@@ -8,6 +8,7 @@ Every process logs under its own name. `--demo` sends one chat request once the 
 import asyncio
 import contextlib
 import ctypes
+import json
 import logging
 import os
 import signal
@@ -121,8 +122,10 @@ class Program:
         await self._process.wait()
 
 
-async def wait_until_proven(url: str, deadline_s: float) -> None:
-    """Until the router says a request went all the way. Raises ProcessDied with its last word."""
+async def wait_until_proven(url: str, deadline_s: float, *, handed_over: bool) -> None:
+    """Until the router says that a request went all the way, with `handed_over` from a prefill to a decode node: a
+    decode node that is up first can serve alone. Raises ProcessDied with the router's last word.
+    """
     word = "no answer yet"
     deadline = time.monotonic() + deadline_s
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=5)) as session:
@@ -130,12 +133,17 @@ async def wait_until_proven(url: str, deadline_s: float) -> None:
             try:
                 async with session.get(f"{url}/health") as response:
                     word = (await response.text()).strip()
-                    if response.status == 200:
+                    if response.status == 200 and (not handed_over or _shows_handover(word)):
                         return
             except (aiohttp.ClientError, TimeoutError) as error:
                 word = str(error) or type(error).__name__
             await asyncio.sleep(0.1)
     raise ProcessDied(f"no request went end to end within {deadline_s:g} s; the router last said: {word}")
+
+
+def _shows_handover(report: str) -> bool:
+    """Whether some proven pair in the router's /health has a prefill node."""
+    return any(pair["prefill"] is not None for pair in json.loads(report)["proven"])
 
 
 @contextlib.asynccontextmanager
@@ -157,7 +165,8 @@ async def up(config: ClusterConfig, directory: Path, show_demo: bool, stopping: 
 
     async def serve() -> None:
         began = time.monotonic()
-        await wait_until_proven(config.url, config.ready_timeout_s)
+        handed_over = any(process.module == "prefill_node" for process in config.processes)
+        await wait_until_proven(config.url, config.ready_timeout_s, handed_over=handed_over)
         log.info("ready after %.1f s: serving on %s", time.monotonic() - began, config.url)
         if show_demo:
             with console.hold():
