@@ -3,9 +3,7 @@
 import asyncio
 import contextlib
 import os
-import random
 import signal
-import socket
 import sys
 import time
 from pathlib import Path
@@ -14,20 +12,13 @@ from typing import Any, Literal
 import aiohttp
 import yaml
 
+from benchmarks.ports import free_port
+
 Role = Literal["prefill", "decode"]
 
 READY_S = 120.0
 STOP_S = 60.0
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
-
-
-def free_port() -> int:
-    """Outside the ranges from which the kernel and Mooncake take theirs."""
-    while True:
-        port = random.randrange(18_000, 30_000)
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port
 
 
 class Process:

@@ -13,7 +13,6 @@ import contextlib
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -22,6 +21,8 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+from benchmarks.ports import free_port
 
 RANKS = 4
 PREFILL_S = 0.02
@@ -51,13 +52,6 @@ def stand_ins(prefill_s: float) -> Iterator[dict[str, int]]:
         finally:
             process.stdin.close()
             process.wait(timeout=10)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def tandem_command(ports: dict[str, int], port: int, *options: str) -> list[str]:

@@ -17,7 +17,6 @@ import asyncio
 import contextlib
 import multiprocessing
 import os
-import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -34,6 +33,7 @@ from api.settings import ApiSettings
 from api.tokenizer import Tokenizer
 from benchmarks import bare_streams
 from benchmarks.paced_engine import MAX_MODEL_LEN, Pace, added_ms, run, timing_spec
+from benchmarks.ports import free_port
 from engine.config import EngineConfig
 from node.api_process import api_processes
 from node.config import NodeConfig
@@ -119,12 +119,6 @@ async def _serve(address_of: Connection, pacing: Pacing) -> None:
         pids = [os.getpid(), *(process.pid for process in others)]
         address_of.send(((spec.config.host, spec.config.port), pids))
         await asyncio.to_thread(address_of.poll, None)
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port: int = probe.getsockname()[1]
-    return port
 
 
 class StreamReader(asyncio.Protocol):

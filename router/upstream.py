@@ -93,11 +93,6 @@ class Exchange:
         """Neither complete nor failed."""
         return not self.complete and self.error is None
 
-    @property
-    def buffered(self) -> int:
-        """Body bytes that wait to be taken."""
-        return self._size
-
     def expire_at(self, deadline: float, text: str) -> None:
         """Fail with UpstreamTimeout(text) at `deadline` unless it is moved again or the response is complete."""
         self.deadline, self.deadline_text = deadline, text
@@ -113,12 +108,6 @@ class Exchange:
             self._connection.resume()
         self._size = 0
         return data
-
-    def peek(self) -> bytes:
-        """The body so far, left in place."""
-        if len(self._pieces) > 1:
-            self._pieces = [b"".join(self._pieces)]
-        return self._pieces[0] if self._pieces else b""
 
     def relay_to(self, relay: Callable[[bytes], bool]) -> None:
         """Offer body bytes to `relay` as they come instead of waking the owner. False: they wait to be taken."""

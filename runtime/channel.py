@@ -27,7 +27,7 @@ from runtime.token_ids import TokenIds
 def _to_wire(value: object) -> object:
     if isinstance(value, TokenIds):
         return value.to_bytes()
-    raise NotImplementedError(f"{type(value).__name__} does not cross the channel")
+    raise TypeError(f"{type(value).__name__} does not cross the channel")
 
 
 def _from_wire(kind: type[Any], value: Any) -> TokenIds:

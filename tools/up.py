@@ -41,7 +41,7 @@ class ProcessConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     processes: tuple[ProcessConfig, ...]
     url: str
-    """The router. Its /health answers 200 once a request really went from a prefill to a decode node."""
+    """The router. Its /health tells which nodes have really answered a request together."""
     decode_metrics: str = ""
     """Where the demo reads what one hand-off cost; empty: not shown."""
     ready_timeout_s: float = 60.0

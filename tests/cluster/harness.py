@@ -3,9 +3,7 @@
 import asyncio
 import contextlib
 import os
-import random
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,18 +14,11 @@ from typing import Any
 import aiohttp
 import yaml
 
+from benchmarks.ports import free_port
+
 ROOT = Path(__file__).resolve().parents[2]
 START_S = 180.0
 """For all processes of a cluster to serve: nine of them start at once on two cores that others use too."""
-
-
-def free_port() -> int:
-    """A port nobody listens on, outside the ranges from which the kernel and Mooncake take theirs."""
-    while True:
-        port = random.randrange(18_000, 30_000)
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port
 
 
 def merged(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:

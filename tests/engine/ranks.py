@@ -1,7 +1,6 @@
 """Several ranks of a group in one process: a thread each, with real connections between them."""
 
 import select
-import socket
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -9,15 +8,10 @@ from typing import Any
 
 import torch
 
+from benchmarks.ports import free_port
 from engine.lockstep import Lockstep
 from engine.parallel import StepIntent, StepPlan
 from engine.rank_group import RankGroup
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class Rank:
