@@ -3,12 +3,15 @@
     python -m benchmarks.handoff [--rounds 15] [--tokens 1024 8192 65536] [--set max_read_bytes=1048576 ...]
     python -m benchmarks.handoff --device cuda --set transport=intra_node      # pools of both on one GPU
 
-A hand-off is timed from the claim to the event that gives pages and slot to the engine: messages, reads, lease checks
-and all. It is compared with the transfer engine alone reading the same number of bytes as one contiguous buffer, by the
-best of three ways (one blocking call; one read, polled; cut into pieces that all connections share), alternating with
-the hand-offs in the same run on the same machine; the ratio of rates is the median over the rounds, so that a machine
-that is slower for a while is slower for both. "scattered" pages lie in random order on both sides, "in order"
-they are neighbours. Columns are medians; the limit for the ratio is 0.9.
+The claim waits for the prompt, as in service. "total" runs from the call that says that the prompt is done, in the
+prefill process, to the event that gives pages and slot to the decode process's engine: messages, reads, lease checks
+and all. "reads" is the part from the first read to the last, the rest is messages and wake-ups.
+
+The transfer engine alone reads the same number of bytes as one contiguous buffer, by the best of three ways (one
+blocking call; one read, polled; cut into pieces that all connections share), alternating with the hand-offs in the same
+run on the same machine. Ratios of rates are medians over the rounds, so that a machine that is slower for a while is
+slower for both; the best way is that of the even rounds, the ratios are those of the odd ones, so that luck in choosing
+does not count. "scattered" pages lie in random order on both sides, "in order" they are neighbours. Figures are medians.
 """
 
 import argparse
@@ -21,6 +24,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -38,7 +42,11 @@ from model.presets import PRESETS
 from model.state_layout import build_state_layout
 
 LIMIT = 0.9
+WARM_UP = 6
+"""Rounds that open connections and touch memory."""
 NAP_S = 0.0003
+PROMPT_S = 0.005
+"""How long a prompt takes here: the claim has arrived long before its end."""
 
 
 class Rank:
@@ -82,7 +90,9 @@ class Rank:
 
 
 def serve(config: TransferConfig, num_pages: int, device: str) -> None:
-    """The prefill side: a state ready for each line on stdin, as [transfer id, number of tokens, pages]."""
+    """The prefill side. Lines on stdin: [transfer id, number of tokens] admits a prompt, [transfer id, pages] finishes
+    it; the answer to the latter, after the state was fetched, is when it was finished, seconds of the common clock.
+    """
     rank = Rank(config, num_pages, device)
     facts = {
         "address": rank.agent.address,
@@ -92,11 +102,15 @@ def serve(config: TransferConfig, num_pages: int, device: str) -> None:
     }
     print(json.dumps(facts), flush=True)
     for line in sys.stdin:
-        transfer_id, num_tokens, pages = json.loads(line)
-        rank.agent.open_send(transfer_id, num_tokens, b"hash")
-        rank.agent.publish_ready(transfer_id, pages, 0, b"token")
-        print("{}", flush=True)
-        rank.next_event(SendEnded)
+        transfer_id, what = json.loads(line)
+        done_at = 0.0
+        if isinstance(what, int):
+            rank.agent.open_send(transfer_id, what, b"hash")
+        else:
+            done_at = time.monotonic()
+            rank.agent.publish_ready(transfer_id, what, 0, b"token")
+            rank.next_event(SendEnded)
+        print(json.dumps(done_at), flush=True)
     rank.agent.stop()
 
 
@@ -110,20 +124,19 @@ class Source:
             stdout=subprocess.PIPE,
             text=True,
         )
-        self.facts = self._line()
+        self.facts = self.line()
 
-    def _line(self) -> Any:
+    def line(self) -> Any:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
             raise SystemExit(f"the serving process ended with {self._process.wait()}")
         return json.loads(line)
 
-    def offer(self, transfer_id: str, num_tokens: int, pages: Sequence[int]) -> None:
+    def tell(self, transfer_id: str, what: int | Sequence[int]) -> None:
         assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps([transfer_id, num_tokens, pages]) + "\n")
+        self._process.stdin.write(json.dumps([transfer_id, what]) + "\n")
         self._process.stdin.flush()
-        self._line()
 
     def stop(self) -> None:
         assert self._process.stdin is not None
@@ -158,6 +171,32 @@ def timed(call: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
+@dataclass(frozen=True)
+class Row:
+    """Seconds of every round."""
+
+    num_tokens: int
+    scattered: bool
+    num_bytes: int
+    best: str
+    totals: list[float]
+    reads: list[float]
+    bare: list[float]
+
+    def ratio(self, seconds: list[float]) -> float:
+        return statistics.median(bare / mine for bare, mine in zip(self.bare, seconds, strict=True))
+
+    @property
+    def text(self) -> str:
+        total, reads, bare = (statistics.median(seconds) for seconds in (self.totals, self.reads, self.bare))
+        return (
+            f"{self.num_tokens:>7} {'scattered' if self.scattered else 'in order':>9} {self.num_bytes / 1e6:>8.1f} "
+            f"{1e3 * total:>8.2f} {1e3 * reads:>8.2f} {self.num_bytes / reads / 1e9:>6.2f} "
+            f"{1e3 * bare:>8.2f} {self.num_bytes / bare / 1e9:>6.2f} {self.best:>9} "
+            f"{self.ratio(self.reads):>6.2f} {self.ratio(self.totals):>6.2f}"
+        )
+
+
 class Bench:
     def __init__(self, config: TransferConfig, rank: Rank, source: Source) -> None:
         self._config = config
@@ -166,58 +205,61 @@ class Bench:
         self._transfers = 0
 
     def hand_off(self, num_tokens: int, scattered: bool) -> tuple[float, Received]:
-        """(seconds from the claim to the event, the event) of one state that prefill holds ready."""
+        """(seconds from the end of the prompt to the event, the event) of one state."""
         rank, facts = self._rank, self._source.facts
         count = rank.format.num_pages(num_tokens)
-        theirs, mine = list(range(count)), list(range(count))
+        first = random.randint(0, rank.pages.count - count)
+        theirs = mine = list(range(first, first + count))
         if scattered:
             theirs = random.sample(range(rank.pages.count), count)
             mine = random.sample(range(rank.pages.count), count)
         self._transfers += 1
         transfer_id = f"{self._transfers:032x}"
-        self._source.offer(transfer_id, num_tokens, theirs)
-        began = time.perf_counter()
+        self._source.tell(transfer_id, num_tokens)
+        self._source.line()
         rank.agent.open_receive(transfer_id, facts["address"], facts["epoch"], num_tokens, b"hash", mine, 1)
+        time.sleep(PROMPT_S)
+        self._source.tell(transfer_id, theirs)
         event = rank.next_event(Received | ReceiveFailed)  # type: ignore[arg-type]
-        took = time.perf_counter() - began
+        ended_at = time.monotonic()
         if not isinstance(event, Received):
             raise SystemExit(f"not received: {event}")
-        return took, event
+        return ended_at - self._source.line(), event
 
     def bare_ways(self, num_bytes: int) -> dict[str, Callable[[], None]]:
+        """Each call reads another part of the pool: caches help the engine alone no more than a hand-off."""
         bare, session_id = self._rank.bare, self._source.facts["session_id"]
-        whole = Piece(self._rank.base_address, self._source.facts["base_address"], num_bytes)
-        parts = merge_and_split([whole], self._config.read_bytes_limit)
+
+        def whole() -> Piece:
+            stride, pages = self._rank.pages.stride_bytes, self._rank.pages
+            offset = stride * random.randint(0, (pages.num_bytes + self._rank.slots.stride_bytes - num_bytes) // stride)
+            return Piece(self._rank.base_address + offset, self._source.facts["base_address"] + offset, num_bytes)
+
+        def parts() -> list[Piece]:
+            return merge_and_split([whole()], self._config.read_bytes_limit)
+
         return {
-            "blocking": lambda: read_blocking(bare, session_id, whole),
-            "polled": lambda: read_pieces(bare, session_id, [whole], 1),
-            "in pieces": lambda: read_pieces(bare, session_id, parts, self._config.window),
+            "blocking": lambda: read_blocking(bare, session_id, whole()),
+            "polled": lambda: read_pieces(bare, session_id, [whole()], 1),
+            "in pieces": lambda: read_pieces(bare, session_id, parts(), self._config.window),
         }
 
-    def row(self, num_tokens: int, scattered: bool, rounds: int) -> tuple[str, float]:
-        num_bytes = (
-            self._rank.format.num_pages(num_tokens) * self._rank.pages.stride_bytes + self._rank.slots.stride_bytes
-        )
+    def row(self, num_tokens: int, scattered: bool, rounds: int) -> Row:
+        pages = self._rank.format.num_pages(num_tokens)
+        num_bytes = pages * self._rank.pages.stride_bytes + self._rank.slots.stride_bytes
         ways = self.bare_ways(num_bytes)
         bare_s: dict[str, list[float]] = {name: [] for name in ways}
-        totals, transfers = [], []
-        for round_number in range(rounds + 2):
+        totals, reads = [], []
+        for round_number in range(2 * rounds + WARM_UP):
             took, event = self.hand_off(num_tokens, scattered)
             bare_now = {name: timed(way) for name, way in ways.items()}
-            if round_number >= 2:  # the first ones open connections and touch memory
+            if round_number >= WARM_UP:
                 totals.append(took)
-                transfers.append(event.transfer_s)
+                reads.append(event.transfer_s)
                 for name, seconds in bare_now.items():
                     bare_s[name].append(seconds)
-        best = min(ways, key=lambda name: statistics.median(bare_s[name]))
-        best_s, total_s = statistics.median(bare_s[best]), statistics.median(totals)
-        ratio = statistics.median(bare / total for bare, total in zip(bare_s[best], totals, strict=True))
-        text = (
-            f"{num_tokens:>7} {'scattered' if scattered else 'in order':>9} {num_bytes / 1e6:>8.1f} "
-            f"{1e3 * total_s:>8.2f} {1e3 * statistics.median(transfers):>8.2f} {num_bytes / total_s / 1e9:>6.2f} "
-            f"{1e3 * best_s:>8.2f} {num_bytes / best_s / 1e9:>6.2f} {best:>9} {ratio:>6.2f}"
-        )
-        return text, ratio
+        best = min(ways, key=lambda name: statistics.median(bare_s[name][::2]))
+        return Row(num_tokens, scattered, num_bytes, best, totals[1::2], reads[1::2], bare_s[best][1::2])
 
 
 def main() -> int:
@@ -237,13 +279,13 @@ def main() -> int:
     source = Source([f"--tokens={max(options.tokens)}", f"--device={options.device}", "--set", *options.set])
     rank = Rank(config, num_pages, options.device)
     bench = Bench(config, rank, source)
-    print(" tokens     pages       MB total ms reads ms   GB/s  bare ms   GB/s  best way  ratio")
+    print(" tokens     pages       MB total ms reads ms   GB/s  bare ms   GB/s  best way  reads  total")
     ratios = []
     for num_tokens in options.tokens:
         for scattered in (False, True):
-            text, ratio = bench.row(num_tokens, scattered, options.rounds)
-            print(text, flush=True)
-            ratios.append(ratio)
+            row = bench.row(num_tokens, scattered, options.rounds)
+            print(row.text, flush=True)
+            ratios.append(row.ratio(row.totals))
     rank.agent.check_integrity()
     rank.agent.stop()
     source.stop()

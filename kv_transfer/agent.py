@@ -13,6 +13,7 @@ from concurrent.futures import Future
 from typing import TypeVar
 
 import msgspec
+import uvloop
 
 from kv_transfer.agent_events import AgentEvent, EpochRenewed, Quiet, Received, SendEnded
 from kv_transfer.config import TransferConfig
@@ -107,7 +108,7 @@ class TransferAgent:
 
     def _run(self) -> None:
         try:
-            asyncio.run(self._main())
+            uvloop.run(self._main())
         except BaseException as error:  # reported by start() or poll(), on the thread that can act on it
             self._failure = error
             if self._started.done():

@@ -410,7 +410,7 @@ def _end_reads(record: Receiving, event: ReadsEnded) -> Got:
 def _verified(record: Receiving, event: Verified) -> Got:
     if not event.ok:
         return _fail(record, event.reason, True)
-    return Receiving(ReceivePhase.ENDED), (SendFetched(), EmitReceived())
+    return Receiving(ReceivePhase.ENDED), (EmitReceived(), SendFetched())
 
 
 def _cancel_receive(record: Receiving, event: Cancelled) -> Got:

@@ -391,6 +391,7 @@ class Receiver:
             wait_s=receive.ready_at - receive.claimed_at,
         )
         self._counters.received += 1
+        self._emit(event)
         log.info(
             "transfer %s: received %.1f MiB in %.1f ms, %.1f ms of it after the prompt was done",
             receive.transfer_id,
@@ -398,7 +399,6 @@ class Receiver:
             1e3 * event.transfer_s,
             1e3 * event.exposed_s,
         )
-        self._emit(event)
 
     # ---- looking at it ----------------------------------------------------------------------------------------------
 
