@@ -125,5 +125,23 @@ DEFINE_WGMMA(96, REGISTERS_0_47, D48(0), "%48", "%49", "%50", "%51", "%52", "%53
 #define D64(i) D32(i), D32(i + 32)
 DEFINE_WGMMA(128, REGISTERS_0_63, D64(0), "%64", "%65", "%66", "%67", "%68", "%69")
 
+// The same with both operands in shared memory.
+template <int N>
+__device__ __forceinline__ void wgmma_e4m3(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate);
+
+#define DEFINE_SHARED_WGMMA(N, REGISTERS, OUTPUTS, A, B, P)                                                                    \
+  template <>                                                                                                                 \
+  __device__ __forceinline__ void wgmma_e4m3<N>(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate) {                  \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " P ", 0;\n"                                                               \
+                 "wgmma.mma_async.sync.aligned.m64n" #N "k32.f32.e4m3.e4m3 {" REGISTERS "}, " A ", " B ", p, 1, 1;\n}\n"       \
+                 : OUTPUTS                                                                                                    \
+                 : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));                                                        \
+  }
+
+DEFINE_SHARED_WGMMA(16, REGISTERS_0_7, D8(0), "%8", "%9", "%10")
+DEFINE_SHARED_WGMMA(32, REGISTERS_0_15, D16(0), "%16", "%17", "%18")
+DEFINE_SHARED_WGMMA(64, REGISTERS_0_31, D32(0), "%32", "%33", "%34")
+DEFINE_SHARED_WGMMA(128, REGISTERS_0_63, D64(0), "%64", "%65", "%66")
+
 
 }  // namespace hopper
