@@ -15,16 +15,18 @@ import argparse
 import gc
 import time
 import traceback
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import torch
-from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.gpu_profile import by_sublayer, dearest, record
 from benchmarks.gpu_rank import PAGE_TOKENS, Rank, build_rank, drop_all, first_layers, seconds, start_decoding
 from engine.batch import PaddedShape
 from engine.engine import Engine
 from engine.memory import PoolSizes
+from model.config import ModelConfig
 from model.presets import flash
 from runtime.requests import RequestFailed, SamplingParams, Submit
 from runtime.token_ids import TokenIds
@@ -35,8 +37,6 @@ DECODE = {64: (11.2, 17.1, 20.0), 256: (14.0, 25.0, 29.0), 512: (19.4, 36.5, 42.
 """Batch -> bound, sum of the best peers' kernels, floor to reach: milliseconds on an H200."""
 PREFILL = (415.0, 656.0, 800.0)
 STEPS = 12
-TOP = 28
-"""Kernels listed of a profile."""
 
 
 def main() -> int:
@@ -117,7 +117,7 @@ def _decode(rank: Rank, batch: int, context: int, share: float, directory: Path 
     _line(f"decode {batch}, {context} tokens each", step_ms, parts, DECODE.get(batch, (0.0, 0.0, 0.0)), share)
     print(f"  (captured in {captured_s:.1f} s)", flush=True)
     if directory is not None:
-        _profile(lambda: graphs.replay(replayed), directory / f"decode-{batch}.txt")
+        _profile(lambda: graphs.replay(replayed), rank.config, directory / f"decode-{batch}.txt")
     drop_all(engine, batch)
 
 
@@ -163,31 +163,15 @@ def _prefill(rank: Rank, chunk: int, share: float, directory: Path | None) -> No
     ms = min(1e3 * seconds(run, rank.device) for _ in range(2))
     _line(f"prefill {chunk} ({chunk / ms:.1f}k tok/s; first {warm_ms:.0f} ms)", ms, " | | ", PREFILL, share)
     if directory is not None:
-        _profile(run, directory / f"prefill-{chunk}.txt")
+        _profile(run, rank.config, directory / f"prefill-{chunk}.txt")
 
 
-def _profile(call: object, path: Path) -> None:
-    """The kernels that take the time, and for how much of it the device ran none."""
-    assert callable(call)
-    with torch.inference_mode(), profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as recorded:
-        call()
-        torch.cuda.synchronize()
-    spent: dict[str, tuple[float, int]] = {}
-    spans: list[tuple[float, float]] = []
-    for event in recorded.events():
-        if event.device_type == torch.autograd.DeviceType.CUDA:
-            us, count = spent.get(event.name, (0.0, 0))
-            spent[event.name] = (us + event.time_range.elapsed_us(), count + 1)
-            spans.append((event.time_range.start, event.time_range.end))
-    total = sum(us for us, _ in spent.values())
-    wall = max((end for _, end in spans), default=0.0) - min((start for start, _ in spans), default=0.0)
-    lines = [
-        f"{path.stem}: {len(spans)} launches, {total / 1e3:.2f} ms in kernels, {wall / 1e3:.2f} ms from first to last"
-    ]
-    for name, (us, count) in sorted(spent.items(), key=lambda item: -item[1][0])[:TOP]:
-        lines.append(f"  {us / 1e3:9.3f} ms {count:6d} x {us / count:8.1f} us  {name[:90]}")
+def _profile(call: Callable[[], object], config: ModelConfig, path: Path) -> None:
+    """Prints the dearest kernels; the file also gets those of every kind of sublayer."""
+    spans = record(call)
+    lines = dearest(path.stem, spans)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join(lines) + "\n")
+    path.write_text("\n".join((*lines, *by_sublayer(spans, config))) + "\n")
     print("\n".join(lines), flush=True)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -41,11 +42,23 @@ def find_nvcc() -> str:
     raise CudaUnavailable("nvcc was not found on PATH or in /usr/local/cuda")
 
 
+def _sources(name: str) -> list[Path]:
+    """The file and the headers of ours that it includes, each once, in a fixed order."""
+    found: list[Path] = []
+    waiting = [SOURCE_DIR / name]
+    while waiting:
+        source = waiting.pop()
+        if source not in found:
+            found.append(source)
+            waiting.extend(SOURCE_DIR / header for header in re.findall(r'#include "([^"]+)"', source.read_text()))
+    return sorted(found)
+
+
 def build(name: str) -> Path:
     """Path of the shared library of kernels/cuda/<name>.cu, compiled if the cache lacks it. Raises CudaUnavailable."""
     nvcc = find_nvcc()
     digest = hashlib.sha256(" ".join((*ARCHITECTURE, *FLAGS)).encode())
-    for source in sorted((*SOURCE_DIR.glob("*.cuh"), SOURCE_DIR / f"{name}.cu")):
+    for source in _sources(f"{name}.cu"):
         digest.update(source.read_bytes())
     target = _cache_dir() / f"{name}-{digest.hexdigest()[:20]}.so"
     if target.exists():
