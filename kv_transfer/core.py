@@ -150,7 +150,7 @@ class TransferCore:
 
     async def _shut_down(self, server: grpc.aio.Server) -> None:
         await server.stop(grace=0.2)
-        self._engine.close()
+        self._close_engine()
 
     def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> None:
         self._tasks.create_task(work, name=name)
@@ -192,12 +192,16 @@ class TransferCore:
             wake=self._work.set,
         )
 
+    def _close_engine(self) -> None:
+        self._engine.close()
+        self.receiver.reader.close()
+
     def _recreate_engine(self, reason: str) -> None:
         """The last fence: afterwards no read from before exists, and every peer has to meet us anew."""
         log.error("re-creating the transfer engine: %s", reason)
         self._counters.recreations += 1
         self._recreated_at = self._clock()
-        self._engine.close()
+        self._close_engine()
         self._create_engine()
         self.receiver.fence()
         self.sender.cancel_all(f"the transfer engine was re-created: {reason}")

@@ -3,8 +3,11 @@
 What this wraps, and why it looks the way it does:
 * Mooncake is configured by environment variables that it reads when it is imported, so they are set first, and those
   that would break its guarantees are refused when an operator set them.
-* One contiguous block per id, polled without blocking, is the form whose end is certain: a terminal id means that
-  nothing of that read will touch memory again. Sync and batch calls may return while I/O goes on.
+* What is submitted must have a certain end, after which nothing of it touches memory again. Two forms have: one
+  contiguous block per id, polled without blocking, and a ticket over many blocks (wheels from 0.3.14). Sync and batch
+  calls may return while I/O goes on, and the id of a batch may be done when its first block is.
+* Blocks under one ticket are served one after the other by one connection, so over TCP single blocks are faster. Within
+  a node a submit costs more than the copy of a page, so there a ticket carries many.
 * Id 0 is how a submit reports failure; passing it on would crash the process. Ids are freed when terminal.
 * The protocol argument does not choose the transport. What was chosen is read back from the engine's own descriptor.
 * First contact with a peer may block for seconds inside a lock that all submits share: see `Reader`.
@@ -14,6 +17,7 @@ What this wraps, and why it looks the way it does:
 import importlib.metadata
 import logging
 import os
+from collections.abc import Sequence
 from enum import Enum
 from typing import Any
 
@@ -35,10 +39,17 @@ _SET_BY_US = "TANDEM_TRANSFER_ENVIRONMENT"
 """Names of the variables a Tandem process set, so that its children do not take them for an operator's."""
 
 
+_TICKET_PIECES = 64
+
+
 class ReadState(Enum):
     PENDING = "pending"
     DONE = "done"
     FAILED = "failed"
+
+
+ReadHandle = Any
+"""A read under way: an id of the engine, or a ticket."""
 
 
 def environment(config: TransferConfig) -> dict[str, str]:
@@ -173,25 +184,54 @@ class MooncakeEngine:
             raise ConfigError(f"the transfer engine does not describe itself: {error}") from None
         if chosen != protocol:
             raise ConfigError(f"transport={config.transport} is configured, but the transfer engine chose {chosen!r}")
+        self._tickets = config.transport == "intra_node" and hasattr(self._engine, "submit_scatter_read")
+        self.max_pieces = _TICKET_PIECES if self._tickets else 1
+        """How many pieces one read may have."""
         log.info("transfer engine %s: %s over %s", self.session_id, engine_version(), config.transport)
 
-    def submit(self, session_id: str, piece: Piece) -> int:
-        """Start one read and return its id. TransferError if the engine does not take it."""
-        read_id = self._engine.batch_transfer_async_read(session_id, [piece.local], [piece.remote], [piece.num_bytes])
-        if read_id == 0:
-            raise TransferError(f"the transfer engine refused a read of {piece.num_bytes} bytes from {session_id}")
-        return int(read_id)
+    def submit(self, session_id: str, pieces: Sequence[Piece]) -> ReadHandle:
+        """Start one read of up to `max_pieces`. TransferError if the engine does not take it."""
+        handle = self._submit_ticket(session_id, pieces) if self._tickets else self._submit_block(session_id, *pieces)
+        if handle is None:
+            num_bytes = sum(piece.num_bytes for piece in pieces)
+            raise TransferError(f"the transfer engine refused a read of {num_bytes} bytes from {session_id}")
+        return handle
 
-    def connect(self, session_id: str, piece: Piece) -> int:
+    def _submit_block(self, session_id: str, piece: Piece) -> int | None:
+        read_id = self._engine.batch_transfer_async_read(session_id, [piece.local], [piece.remote], [piece.num_bytes])
+        return int(read_id) or None
+
+    def _submit_ticket(self, session_id: str, pieces: Sequence[Piece]) -> Any:
+        """Every piece is a range of its own: (local bases, sizes, remote bases, sizes, offsets and lengths within)."""
+        lengths = [piece.num_bytes for piece in pieces]
+        nowhere = [[0]] * len(pieces)
+        return self._engine.submit_scatter_read(
+            session_id,
+            [piece.local for piece in pieces],
+            lengths,
+            [piece.remote for piece in pieces],
+            lengths,
+            nowhere,
+            nowhere,
+            [[length] for length in lengths],
+        )
+
+    def connect(self, session_id: str, pieces: Sequence[Piece]) -> ReadHandle:
         """`submit` for the first read from a session: connects to it, which may block, so it is called on a thread of
-        its own.
+        its own. That thread must outlive the engine: the intra-node path copies on a stream that belongs to the thread
+        that submitted, and polling a read whose stream is gone crashes the process.
         """
         self._bind_thread()
-        return self.submit(session_id, piece)
+        return self.submit(session_id, pieces)
 
-    def poll(self, read_id: int) -> ReadState:
-        """The state of a read. Once it is not PENDING the id is gone and must not be used again."""
-        status = self._engine.transfer_check_status(read_id)
+    def poll(self, read: ReadHandle) -> ReadState:
+        """The state of a read. Once it is not PENDING the handle is used up and must not be used again."""
+        if self._tickets:
+            outcome = read.drain(0)
+            if not read.drained:
+                return ReadState.PENDING
+            return ReadState.DONE if outcome.name == "COMPLETED" else ReadState.FAILED
+        status = self._engine.transfer_check_status(read)
         if status == 1:
             return ReadState.DONE
         # -2 says that the engine's own patience ended, not that the read did: the id stays pending.

@@ -1,7 +1,8 @@
-"""Reads from peers: a bounded window of single-block reads, oldest polled first, groups that end exactly once.
+"""Reads from peers: a bounded window of them, oldest polled first, groups that end exactly once.
 
-A group is what one announcement started. It ends when none of its reads is queued or in flight: from then on nothing
-of it touches memory. Dropping a group only stops what was not submitted yet.
+A group is what one announcement started: pieces, of which one read takes as many as the engine likes. It ends when
+none of its reads is queued or in flight: from then on nothing of it touches memory. Dropping a group only stops what
+was not submitted yet.
 
 A failed read is tried again: after an outage the engine fails the first read on each connection that it had to drop,
 without trying to connect. Reading again is harmless, and a peer that is gone is known from its control stream.
@@ -12,10 +13,10 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterable
 
-from kv_transfer.mooncake import MooncakeEngine, ReadState
+from kv_transfer.mooncake import MooncakeEngine, ReadHandle, ReadState
 from kv_transfer.pieces import Piece
 from kv_transfer.stats import TransferCounters
-from kv_transfer.threads import run_in_thread
+from kv_transfer.threads import SteadyThread
 from runtime.errors import TransferError
 
 log = logging.getLogger(__name__)
@@ -52,14 +53,20 @@ class ReadGroup:
 
 
 class _Read:
-    __slots__ = ("group", "piece", "read_id", "submitted", "tries")
+    """One read under way, of pieces that are tried equally often."""
 
-    def __init__(self, group: ReadGroup, piece: Piece, tries: int, submitted: float) -> None:
-        self.read_id = 0
+    __slots__ = ("group", "handle", "pieces", "submitted", "tries")
+
+    def __init__(self, group: ReadGroup, pieces: list[Piece], tries: int, submitted: float) -> None:
+        self.handle: ReadHandle = None
         self.group = group
-        self.piece = piece
+        self.pieces = pieces
         self.tries = tries
         self.submitted = submitted
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(piece.num_bytes for piece in self.pieces)
 
 
 class _Session:
@@ -102,6 +109,7 @@ class Reader:
         self._groups: set[ReadGroup] = set()
         self._in_flight = 0
         self._opening: _Read | None = None
+        self._contacts = SteadyThread("first-contact")
 
     def start(self, group: ReadGroup) -> None:
         session = self._sessions.setdefault(group.session_id, _Session())
@@ -109,6 +117,10 @@ class Reader:
         session.groups.append(group)
         self._groups.add(group)
         self._wake()
+
+    def close(self) -> None:
+        """Only once the engine is closed: reads that a thread of ours submitted depend on that thread."""
+        self._contacts.close()
 
     @property
     def busy(self) -> bool:
@@ -177,7 +189,7 @@ class Reader:
         moved = False
         for session in self._sessions.values():
             while session.reads:
-                state = self._engine.poll(session.reads[0].read_id)
+                state = self._engine.poll(session.reads[0].handle)
                 if state is ReadState.PENDING:
                     break
                 self._end(session, session.reads.popleft(), state)
@@ -192,9 +204,9 @@ class Reader:
             group.progress = self._clock()
             session.failures, session.answers = 0, False
             self._counters.reads_done += 1
-            self._counters.bytes_received += read.piece.num_bytes
+            self._counters.bytes_received += read.num_bytes
         else:
-            self._failed(session, read, f"a read of {read.piece.num_bytes} bytes from {group.session_id} failed")
+            self._failed(session, read, f"a read of {read.num_bytes} bytes from {group.session_id} failed")
 
     def _failed(self, session: _Session, read: _Read, reason: str) -> None:
         now = self._clock()
@@ -204,7 +216,7 @@ class Reader:
         self._counters.reads_failed += 1
         group = read.group
         if read.tries < _MAX_TRIES and group.failure is None:
-            group.queued.append((read.piece, read.tries + 1))
+            group.queued.extend((piece, read.tries + 1) for piece in read.pieces)
         else:
             self._fail(group, f"{reason}, try {read.tries}")
 
@@ -231,17 +243,24 @@ class Reader:
     def _submit_one(self, session_id: str, session: _Session, group: ReadGroup) -> None:
         now = self._clock()
         group.started = now if group.started is None else group.started
-        read = _Read(group, *group.queued.popleft(), now)
+        read = self._next_read(group, now)
         self._counters.reads_submitted += 1
         if not session.open:
             self._open(session, read)
             return
         try:
-            read.read_id = self._engine.submit(session_id, read.piece)
+            read.handle = self._engine.submit(session_id, read.pieces)
         except TransferError as error:
             self._failed(session, read, str(error))
             return
         self._add(session, read)
+
+    def _next_read(self, group: ReadGroup, now: float) -> _Read:
+        piece, tries = group.queued.popleft()
+        pieces = [piece]
+        while len(pieces) < self._engine.max_pieces and group.queued and group.queued[0][1] == tries:
+            pieces.append(group.queued.popleft()[0])
+        return _Read(group, pieces, tries, now)
 
     def _add(self, session: _Session, read: _Read) -> None:
         session.reads.append(read)
@@ -253,10 +272,10 @@ class Reader:
         self._opening = read
         read.group.in_flight += 1
         self._in_flight += 1
-        call = run_in_thread(lambda: self._engine.connect(read.group.session_id, read.piece), "first-contact")
+        call = self._contacts.run(lambda: self._engine.connect(read.group.session_id, read.pieces))
         call.add_done_callback(lambda done: self._opened(session, read, done))
 
-    def _opened(self, session: _Session, read: _Read, call: "asyncio.Future[int]") -> None:
+    def _opened(self, session: _Session, read: _Read, call: "asyncio.Future[ReadHandle]") -> None:
         self._opening = None
         read.group.in_flight -= 1
         self._in_flight -= 1
@@ -265,7 +284,7 @@ class Reader:
             self._failed(session, read, str(error))
         else:
             session.open = True
-            read.read_id = call.result()
+            read.handle = call.result()
             self._add(session, read)
         self._wake()
 

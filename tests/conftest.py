@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from tools import make_checkpoint
 
@@ -13,3 +14,11 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("checkpoint") / "tiny-v4"
     assert make_checkpoint.main(["--preset", "tiny", "--out", str(directory), "--seed", "0", "--quiet"]) == 0
     return directory
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests marked gpu exist only where there is one, those marked interpreter only where there is none."""
+    other = "interpreter" if torch.cuda.is_available() else "gpu"
+    absent = [item for item in items if item.get_closest_marker(other)]
+    config.hook.pytest_deselected(items=absent)
+    items[:] = [item for item in items if not item.get_closest_marker(other)]

@@ -21,11 +21,3 @@ def generator(request: pytest.FixtureRequest, device: torch.device) -> torch.Gen
     """Random numbers that depend on the test's name alone."""
     seed = sum(ord(letter) * (place + 1) for place, letter in enumerate(request.node.name))
     return torch.Generator(device).manual_seed(seed)
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests marked gpu exist only where there is one, those marked interpreter only where there is none."""
-    other = "interpreter" if torch.cuda.is_available() else "gpu"
-    absent = [item for item in items if item.get_closest_marker(other)]
-    config.hook.pytest_deselected(items=absent)
-    items[:] = [item for item in items if not item.get_closest_marker(other)]

@@ -1,6 +1,7 @@
 """The reader's bookkeeping, with an engine whose reads end when the test says so."""
 
 import asyncio
+import threading
 
 import pytest
 
@@ -14,19 +15,23 @@ from runtime.errors import TransferError
 class ScriptedEngine:
     """Takes reads and ends them on command. Complains about ids that are not in flight, as the real one crashes."""
 
-    def __init__(self) -> None:
+    def __init__(self, max_pieces: int) -> None:
+        self.max_pieces = max_pieces
         self.states: dict[int, ReadState] = {}
-        self.pieces: dict[int, Piece] = {}
+        self.pieces: dict[int, list[Piece]] = {}
+        self.threads: set[threading.Thread] = set()
         self.refusals = 0
         self._next = 1
 
-    def submit(self, session_id: str, piece: Piece) -> int:
+    def submit(self, session_id: str, pieces: list[Piece]) -> int:
+        assert 1 <= len(pieces) <= self.max_pieces
+        self.threads.add(threading.current_thread())
         if self.refusals:
             self.refusals -= 1
             raise TransferError(f"refused by {session_id}")
         read_id = self._next
         self._next += 1
-        self.states[read_id], self.pieces[read_id] = ReadState.PENDING, piece
+        self.states[read_id], self.pieces[read_id] = ReadState.PENDING, pieces
         return read_id
 
     connect = submit
@@ -43,9 +48,9 @@ class ScriptedEngine:
 
 
 class Bench:
-    def __init__(self, window: int = 4) -> None:
+    def __init__(self, window: int = 4, max_pieces: int = 1) -> None:
         self.now = 0.0
-        self.engine = ScriptedEngine()
+        self.engine = ScriptedEngine(max_pieces)
         self.counters = TransferCounters()
         self.reader = Reader(
             self.engine,  # type: ignore[arg-type]
@@ -147,7 +152,7 @@ async def test_a_peer_that_does_not_answer_holds_nobody_else_up(bench):
     other = bench.start(6, "other:1")
     await bench.pump()
     for _ in range(6):
-        for read_id, piece in bench.engine.pieces.items():
+        for read_id, (piece,) in bench.engine.pieces.items():
             if read_id in bench.engine.states and read_id > 2:
                 bench.engine.states[read_id] = ReadState.DONE
                 assert piece.num_bytes == 4096
@@ -195,3 +200,35 @@ async def test_a_session_of_a_peer_that_left_is_forgotten_once_it_is_quiet(bench
     await bench.pump()
     assert bench.ended == [group]
     assert bench.reader._sessions == {}
+
+
+async def test_one_read_takes_as_many_pieces_as_the_engine_likes_and_all_of_them_are_tried_again():
+    bench = Bench(window=2, max_pieces=4)
+    group = bench.start(11)
+    await bench.pump()
+    assert [len(pieces) for pieces in bench.engine.pieces.values()] == [4, 4]
+    first, second = bench.engine.states
+    bench.engine.states |= {first: ReadState.FAILED, second: ReadState.DONE}
+    await bench.pump()
+    # What never failed goes first, and is not mixed with what did.
+    assert [len(pieces) for pieces in bench.engine.pieces.values()] == [4, 4, 3, 4]
+    bench.engine.end()
+    await bench.pump()
+    assert bench.ended == [group]
+    assert group.failure is None
+    assert bench.counters.bytes_received == group.num_bytes == 11 * 4096
+    assert bench.counters.reads_failed == 1
+
+
+async def test_the_thread_of_first_contacts_lives_until_the_reader_is_closed(bench):
+    bench.start(1)
+    bench.start(1, "peer:2")
+    await bench.pump()
+    (thread,) = bench.engine.threads
+    assert thread is not threading.current_thread()
+    bench.engine.end()
+    await bench.pump()
+    assert thread.is_alive(), "what the engine keeps for the thread that submitted goes with it"
+    bench.reader.close()
+    thread.join(10)
+    assert not thread.is_alive()

@@ -1,0 +1,115 @@
+"""A prefill and a decode engine in two processes, a state between them through Mooncake: what one engine says, exactly.
+
+Equal means tokens, logprobs of five candidates each, and their ranks, without tolerance. On a GPU the pools of both
+sides lie in its memory and steps are captured and launched ahead, as in production.
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+
+from engine.config import EngineConfig
+from kv_transfer.config import TransferConfig
+from model.presets import flash
+from runtime.requests import ReceiveState, SamplingParams, SendState
+from tests.handoff.engine_rank import Answer, Ask, RankProcess, Role
+
+READY_S, WORD_S = 120.0, 60.0
+LENGTHS = (1, 5, 64, 129, 300, 31)
+TINY: dict[str, Any] = {"block_size": 64, "num_pages": 40}
+ON_GPU: dict[str, Any] = {"device": "cuda", "async_scheduling": "on", "cudagraph_capture_sizes": (2, 8)}
+
+
+@contextmanager
+def rank(role: Role, config: EngineConfig, transfer: TransferConfig) -> Iterator[RankProcess]:
+    process = RankProcess(role, config, transfer)
+    try:
+        yield process
+    finally:
+        process.stop()
+
+
+def sampling_of(index: int, num_tokens: int) -> SamplingParams:
+    """Every other request is drawn at random."""
+    return SamplingParams(
+        max_tokens=num_tokens, temperature=0.8 * (index % 2), seed=index, logprobs=5, ignore_eos=True, top_p=0.95
+    )
+
+
+def compare(config: EngineConfig, transport: str, lengths: tuple[int, ...], vocab: int, num_tokens: int = 12) -> None:
+    """The same requests to one engine and, all at once, to a pair."""
+    rng = np.random.default_rng(7)
+    prompts = [rng.integers(3, vocab, length).tolist() for length in lengths]
+    asks = [Ask(f"r{n}", prompt, sampling_of(n, num_tokens)) for n, prompt in enumerate(prompts)]
+    transfer = msgspec.convert({"transport": transport, "verify": "full"}, TransferConfig)
+    with ExitStack() as stack:
+        # Started side by side: on a GPU most of their time is compiling, which they share.
+        alone, prefill, decode = (
+            stack.enter_context(rank(role, config, transfer)) for role in ("standalone", "prefill", "decode")
+        )
+        alone.wait_ready(READY_S)
+        alone.ask(asks)
+        source = prefill.wait_ready(READY_S)
+        decode.wait_ready(READY_S)
+        ids = [f"{n:032x}" for n in range(len(asks))]
+        prefill.ask([_with(ask, SendState(transfer_id=name)) for ask, name in zip(asks, ids, strict=True)])
+        decode.ask(
+            [
+                _with(ask, ReceiveState(transfer_id=name, source_address=source.address, source_epoch=source.epoch))
+                for ask, name in zip(asks, ids, strict=True)
+            ]
+        )
+        prefilled = prefill.finish(len(asks), WORD_S)
+        decoded = decode.finish(len(asks), WORD_S)
+        expected = alone.finish(len(asks), WORD_S)
+    assert decoded.keys() == expected.keys()
+    for ask in asks:
+        _assert_same(decoded[ask.request_id], expected[ask.request_id], f"a prompt of {len(ask.prompt)} tokens")
+        assert prefilled[ask.request_id].token_ids == expected[ask.request_id].token_ids[:1]
+
+
+def _with(ask: Ask, handoff: SendState | ReceiveState) -> Ask:
+    return Ask(ask.request_id, ask.prompt, ask.sampling, handoff)
+
+
+def _assert_same(got: Answer, expected: Answer, what: str) -> None:
+    assert got.token_ids == expected.token_ids, what
+    assert got.logprobs == expected.logprobs, what
+    assert np.isfinite([entry.logprob for entry in got.logprobs]).all(), what
+    assert got.finish_reason == expected.finish_reason == "length", what
+
+
+@pytest.mark.parametrize("numerics", ["plain", "released"])
+def test_two_engines_say_what_one_says_on_a_cpu(tiny_checkpoint: Path, numerics: str) -> None:
+    config = msgspec.convert(
+        {"model": str(tiny_checkpoint), "device": "cpu", "numerics": numerics, **TINY}, EngineConfig
+    )
+    compare(config, "tcp", LENGTHS[:4], 1000, num_tokens=4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("transport", ["intra_node", "tcp"])
+@pytest.mark.parametrize("numerics", ["released", "plain"])
+def test_two_engines_say_what_one_says_on_a_gpu(tiny_checkpoint: Path, numerics: str, transport: str) -> None:
+    config = EngineConfig(model=str(tiny_checkpoint), numerics=numerics, **TINY, **ON_GPU)  # type: ignore[arg-type]
+    compare(config, transport, LENGTHS, 1000)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("transport", ["intra_node", "tcp"])
+def test_two_engines_say_what_one_says_at_the_width_of_flash(tmp_path: Path, transport: str) -> None:
+    whole = flash()
+    config = msgspec.structs.replace(
+        whole, num_hidden_layers=4, compress_ratios=whole.compress_ratios[:4], num_nextn_predict_layers=0,
+        n_routed_experts=16,
+    )  # fmt: skip
+    (tmp_path / "config.json").write_bytes(config.to_json())
+    engine = EngineConfig(
+        model=str(tmp_path), load_format="dummy", num_pages=64, max_num_seqs=16, max_model_len=8192, **ON_GPU
+    )
+    compare(engine, transport, (1, 300, 2500, 6000, 257), config.vocab_size)
