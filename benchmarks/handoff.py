@@ -35,7 +35,7 @@ from kv_transfer.agent import TransferAgent
 from kv_transfer.agent_events import AgentEvent, Received, ReceiveFailed, SendEnded
 from kv_transfer.config import TransferConfig
 from kv_transfer.format import StateFormat
-from kv_transfer.mooncake import MooncakeEngine, ReadState
+from kv_transfer.mooncake import MooncakeEngine, ReadHandle, ReadState
 from kv_transfer.pieces import Piece, merge_and_split
 from kv_transfer.regions import MemoryRegion
 from model.presets import PRESETS
@@ -151,7 +151,9 @@ def read_blocking(bare: MooncakeEngine, session_id: str, piece: Piece) -> None:
 
 def read_pieces(bare: MooncakeEngine, session_id: str, pieces: Sequence[Piece], window: int) -> None:
     """Submit within a window, poll the oldest: the engine alone, at its best."""
-    waiting, in_flight = deque(pieces), deque[int]()
+    many = bare.max_pieces
+    waiting = deque(pieces[first : first + many] for first in range(0, len(pieces), many))
+    in_flight = deque[ReadHandle]()
     while waiting or in_flight:
         while waiting and len(in_flight) < window:
             in_flight.append(bare.submit(session_id, waiting.popleft()))
