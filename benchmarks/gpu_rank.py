@@ -43,13 +43,15 @@ class Repeated:
     """The expert traffic of `ranks` ranks on one: every token comes once from each, with other experts. Nothing is
     sent, and of the sums only those of this rank's experts come back."""
 
-    def __init__(self, ranks: int, num_experts: int) -> None:
+    def __init__(self, ranks: int, num_experts: int, device: str) -> None:
         self._ranks, self._num_experts = ranks, num_experts
+        self._offsets = torch.arange(0, num_experts, num_experts // ranks, device=device).view(-1, 1, 1)
 
     def send(self, x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> _Sent:
-        step = self._num_experts // self._ranks
-        experts = torch.cat([(experts_TK + step * rank) % self._num_experts for rank in range(self._ranks)])
-        return _Sent(x_TD.repeat(self._ranks, 1), experts, weights_TK.repeat(self._ranks, 1), x_TD.shape[0])
+        # In few launches: this is a stand-in, and its time is not the model's.
+        experts = (experts_TK + self._offsets) % self._num_experts
+        weights = torch.cat((weights_TK,) * self._ranks)
+        return _Sent(torch.cat((x_TD,) * self._ranks), experts.flatten(0, 1), weights, x_TD.shape[0])
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,7 @@ def build_rank(config: ModelConfig, sizes: PoolSizes, device: str, *, ranks: int
     local = config.n_routed_experts // ranks
     model = Transformer(
         config, dtype=torch.bfloat16, numerics="released", experts=range(local), device=device, packed_weights=packed,
-        expert_parallel=Repeated(ranks, config.n_routed_experts) if ranks > 1 else None,
+        expert_parallel=Repeated(ranks, config.n_routed_experts, device) if ranks > 1 else None,
     )  # fmt: skip
     load_dummy_weights(model, config, seed=0)
     memory = StateMemory.allocate(sizes, layout, torch.device(device))

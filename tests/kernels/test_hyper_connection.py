@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from kernels.gpu_hyper_connection import hyper_post_pre_gpu, hyper_pre_gpu, pack_rows
 from kernels.hyper_connection import HyperSettings, HyperWeights, Mix, hyper_head_ref, hyper_post_ref, hyper_pre_ref
 from kernels.triton_hyper_connection import (
     hyper_head_triton,
@@ -12,6 +13,7 @@ from kernels.triton_hyper_connection import (
     hyper_post_triton,
     hyper_pre_triton,
 )
+from kernels.triton_quantize import quantize_activations
 
 SETTINGS = HyperSettings(iterations=20, hc_eps=1e-6, norm_eps=1e-6)
 
@@ -84,3 +86,66 @@ def test_shapes_the_kernel_was_not_made_for_are_refused(generator, device):
     for bad in (streams[:, :3], streams[..., :100], streams.float()):
         with pytest.raises(ValueError, match="the kernel needs"):
             hyper_pre_triton(bad, weights, norm, SETTINGS)
+
+
+def test_the_packed_rows_are_the_left_operands_of_the_tensor_cores(generator, device):
+    """Multiplies lane by lane as m16n8k16 does, with the channels where a thread of the kernel has them."""
+    tokens, hidden = 8, 64
+    fn = torch.randn(24, 4 * hidden, generator=generator, device=device)
+    streams = torch.randn(tokens, 4, hidden, generator=generator, device=device).bfloat16().double()
+    packed = pack_rows(fn).double().view(hidden // 32, 4, 3, 2, 8, 4, 2, 2, 2)  # .. row, quad, pair, half, channel
+    owned = streams.view(tokens, 4, hidden // 32, 4, 2, 2, 2)  # token, stream, block, quad, step, pair, channel
+    product = torch.einsum("bsthrqpxe,nsbqhpe->trn", packed, owned)
+    assert _relative(product.reshape(24, tokens), fn.double() @ streams.flatten(1).T) < 2**-16
+
+
+TOKENS = [1, 7, 64, 65, 257, 1000]
+"""Fewer than a tile, one more than whole tiles, and every number of tiles a cluster takes."""
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("hidden", [1024, 4096, 7168])
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_the_seam_in_one_launch_matches_post_then_pre(generator, device, tokens, hidden):
+    streams, weights, norm, output, mix = _case(generator, device, tokens, hidden)
+    new, seam = hyper_post_pre_gpu(output, streams, mix, weights, norm, SETTINGS, quantize=True)
+    expected = hyper_post_ref(output, streams, mix)
+    inputs, following = hyper_pre_ref(expected, weights, norm, SETTINGS)
+    assert _relative(new, expected) < 1e-3
+    assert _relative(seam.inputs, inputs) < 3e-3
+    assert _relative(seam.mix.post_TS, following.post_TS) < 1e-3
+    assert _relative(seam.mix.comb_TSS, following.comb_TSS) < 1e-3
+    codes, scales = quantize_activations(seam.inputs)
+    assert seam.quantized is not None
+    assert torch.equal(seam.quantized.codes_RD.view(torch.uint8), codes.view(torch.uint8))
+    assert torch.equal(seam.quantized.scales_GR[:, :tokens], scales[:, :tokens])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_reading_the_streams_in_one_launch_matches_pre(generator, device, tokens):
+    streams, weights, norm, _, _ = _case(generator, device, tokens, 4096)
+    before = streams.clone()
+    seam = hyper_pre_gpu(streams, weights, norm, SETTINGS)
+    inputs, mix = hyper_pre_ref(streams, weights, norm, SETTINGS)
+    assert torch.equal(streams, before)
+    assert seam.quantized is None
+    assert _relative(seam.inputs, inputs) < 2e-3
+    assert _relative(seam.mix.post_TS, mix.post_TS) < 2e-5
+    assert _relative(seam.mix.comb_TSS, mix.comb_TSS) < 2e-4
+
+
+@pytest.mark.gpu
+def test_a_token_comes_out_of_the_seam_the_same_alone_and_among_any_others(generator, device):
+    streams, weights, norm, output, mix = _case(generator, device, 300, 4096)
+
+    def run(rows, tiles):
+        part = Mix(mix.post_TS[rows].contiguous(), mix.comb_TSS[rows].contiguous())
+        new, seam = hyper_post_pre_gpu(output[rows], streams[rows], part, weights, norm, SETTINGS, tiles=tiles)
+        return new, seam.inputs, *seam.mix
+
+    everything = run(slice(None), None)
+    for tiles in (1, 2, 3, 4):
+        for rows in (slice(None), slice(77, 78), slice(13, 200)):
+            for got, expected in zip(run(rows, tiles), everything, strict=True):
+                assert torch.equal(got, expected[rows])
