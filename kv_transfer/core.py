@@ -221,7 +221,9 @@ class TransferCore:
                 await self._work.wait()
             now = self._clock()
             if self.receiver.reader.pump():
-                moved_at = now
+                moved_at = self._clock()
+                await asyncio.sleep(0)
+            elif now - moved_at < self._engine.spin_s:
                 await asyncio.sleep(0)
             elif now - moved_at < _PATIENCE_S:
                 # The loop's own timers round up to a millisecond, longer than a small state takes.

@@ -40,6 +40,8 @@ _SET_BY_US = "TANDEM_TRANSFER_ENVIRONMENT"
 
 
 _TICKET_PIECES = 64
+_COPY_S = 0.0003
+"""Longer than a device takes for the pieces of one ticket that are still under way when they are all submitted."""
 
 
 class ReadState(Enum):
@@ -187,6 +189,8 @@ class MooncakeEngine:
         self._tickets = config.transport == "intra_node" and hasattr(self._engine, "submit_scatter_read")
         self.max_pieces = _TICKET_PIECES if self._tickets else 1
         """How many pieces one read may have."""
+        self.spin_s = _COPY_S if self._tickets else 0.0
+        """For how long after a submit it pays to poll without a pause."""
         log.info("transfer engine %s: %s over %s", self.session_id, engine_version(), config.transport)
 
     def submit(self, session_id: str, pieces: Sequence[Piece]) -> ReadHandle:
@@ -202,10 +206,11 @@ class MooncakeEngine:
         return int(read_id) or None
 
     def _submit_ticket(self, session_id: str, pieces: Sequence[Piece]) -> Any:
-        """Every piece is a range of its own: (local bases, sizes, remote bases, sizes, offsets and lengths within)."""
+        """Every piece is a range of its own: (local bases, sizes, remote bases, sizes, offsets and lengths within).
+        A peer that cannot be reached gives a ticket that has failed already."""
         lengths = [piece.num_bytes for piece in pieces]
         nowhere = [[0]] * len(pieces)
-        return self._engine.submit_scatter_read(
+        ticket = self._engine.submit_scatter_read(
             session_id,
             [piece.local for piece in pieces],
             lengths,
@@ -215,6 +220,7 @@ class MooncakeEngine:
             nowhere,
             [[length] for length in lengths],
         )
+        return None if ticket.drain(0).name == "FAILED_DRAINED" else ticket
 
     def connect(self, session_id: str, pieces: Sequence[Piece]) -> ReadHandle:
         """`submit` for the first read from a session: connects to it, which may block, so it is called on a thread of

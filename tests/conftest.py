@@ -17,8 +17,15 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests marked gpu exist only where there is one, those marked interpreter only where there is none."""
-    other = "interpreter" if torch.cuda.is_available() else "gpu"
-    absent = [item for item in items if item.get_closest_marker(other)]
+    """Tests marked gpu, or gpu(n), exist only where there are so many, those marked interpreter where there is none."""
+    gpus = torch.cuda.device_count()
+    absent = [item for item in items if _needs(item) > gpus or (gpus and item.get_closest_marker("interpreter"))]
     config.hook.pytest_deselected(items=absent)
-    items[:] = [item for item in items if not item.get_closest_marker(other)]
+    gone = set(absent)
+    items[:] = [item for item in items if item not in gone]
+
+
+def _needs(item: pytest.Item) -> int:
+    """How many GPUs."""
+    marker = item.get_closest_marker("gpu")
+    return 0 if marker is None else (marker.args or (1,))[0]

@@ -19,7 +19,10 @@ from kv_transfer.config import TransferConfig
 from kv_transfer.format import StateFormat
 from kv_transfer.regions import MemoryRegion
 from node.bridge import Bridge
+from node.config import NodeConfig
+from node.expert_parallel import ExpertParallelConfig
 from node.fingerprint import model_fingerprint
+from node.group import Membership, join_group
 from runtime.requests import ReceiveState, RequestFailed, SamplingParams, SendState, StepOutput, Submit, TokenLogprobs
 from runtime.token_ids import TokenIds
 
@@ -46,6 +49,16 @@ class Answer:
 
 
 @dataclass(frozen=True)
+class Place:
+    """A rank among those that share the experts, and where they meet."""
+
+    rank: int
+    size: int
+    port: int
+    sharing: ExpertParallelConfig = field(default_factory=ExpertParallelConfig)
+
+
+@dataclass(frozen=True)
 class Ready:
     address: str
     epoch: str
@@ -55,10 +68,12 @@ class Ready:
 class RankProcess:
     """The test's end of one rank."""
 
-    def __init__(self, role: Role, config: EngineConfig, transfer: TransferConfig) -> None:
+    def __init__(
+        self, role: Role, config: EngineConfig, transfer: TransferConfig | None = None, place: Place | None = None
+    ) -> None:
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=main, args=(theirs, role, config, transfer), daemon=True)
+        self._process = context.Process(target=main, args=(theirs, role, config, transfer, place), daemon=True)
         self._process.start()
         theirs.close()
         self.answers: dict[str, Answer] = {}
@@ -97,6 +112,18 @@ class RankProcess:
         assert not isinstance(said, str), said
         return said
 
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.join()
+
+    def last_words(self, timeout_s: float) -> str:
+        """What a rank says that cannot go on."""
+        while True:
+            assert self._pipe.poll(timeout_s), f"no word for {timeout_s} s"
+            said = self._pipe.recv()
+            if isinstance(said, str):
+                return said
+
     def stop(self) -> None:
         """Ask it to audit its pools and end; a rank that does not is killed."""
         try:
@@ -111,23 +138,42 @@ class RankProcess:
         assert self._process.exitcode == 0
 
 
-def main(pipe: Connection, role: Role, config: EngineConfig, transfer: TransferConfig) -> None:
+def main(
+    pipe: Connection, role: Role, config: EngineConfig, transfer: TransferConfig | None, place: Place | None
+) -> None:
     """Runs in the rank's process; tells the parent in words what went wrong."""
+    torch.set_num_threads(1)
+    member = None
     try:
-        _serve(pipe, role, config, transfer)
+        if place is not None:
+            together = NodeConfig(
+                engine=config, data_parallel_size=place.size, enable_expert_parallel=True, expert_parallel=place.sharing
+            )
+            member = join_group(together, place.rank, place.port)
+        _serve(pipe, role, config, transfer, member, 0 if place is None else place.rank)
     except Exception:
         pipe.send(traceback.format_exc())
         raise
+    finally:
+        if member is not None:
+            member.group.close()
 
 
-def _serve(pipe: Connection, role: Role, config: EngineConfig, transfer: TransferConfig) -> None:
-    torch.set_num_threads(1)
-    loaded = load_rank(config, holds_states=role == "prefill", progress=False)
+def _serve(
+    pipe: Connection,
+    role: Role,
+    config: EngineConfig,
+    transfer: TransferConfig | None,
+    member: Membership | None,
+    rank: int,
+) -> None:
+    sharing = None if member is None else member.sharing
+    loaded = load_rank(config, holds_states=role == "prefill", rank=rank, sharing=sharing, progress=False)
     # What a transfer leaves out shows as NaN.
     loaded.memory.pages.fill_(0xFF)
     loaded.memory.slots.fill_(0xFF)
     agent = None
-    if role != "standalone":
+    if transfer is not None:
         layout, pool_bytes = loaded.layout, PoolBytes(loaded.memory.pages, loaded.memory.slots)
         state_format = StateFormat(
             model_fingerprint=model_fingerprint(loaded.config, loaded.model_config),
@@ -146,7 +192,10 @@ def _serve(pipe: Connection, role: Role, config: EngineConfig, transfer: Transfe
         loaded.config, loaded.shape, loaded.features, head=loaded.model.logits, device=loaded.device,
         connector=Bridge(agent) if agent is not None else None,
         handoff_address=agent.address if agent is not None else "",
+        parallel=member.lockstep if member is not None else None,
     )  # fmt: skip
+    if member is not None:
+        member.lockstep.begin(60.0)
     address, epoch = ("", "") if agent is None else (agent.address, agent.epoch)
     pipe.send(Ready(address, epoch, loaded.shape.num_pages))
     while True:
@@ -166,6 +215,7 @@ def _serve(pipe: Connection, role: Role, config: EngineConfig, transfer: Transfe
                 pipe.send(f"request {said.request_id} failed: {said.message}")
             elif isinstance(said, StepOutput):
                 pipe.send(said)
+    engine.leave_group()
     engine.check_integrity()
     stats = engine.stats()
     assert (stats.pages_free, stats.slots_free) == (stats.pages_total, stats.slots_total), stats

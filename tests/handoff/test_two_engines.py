@@ -27,7 +27,7 @@ ON_GPU: dict[str, Any] = {"device": "cuda", "async_scheduling": "on", "cudagraph
 
 @contextmanager
 def rank(role: Role, config: EngineConfig, transfer: TransferConfig) -> Iterator[RankProcess]:
-    process = RankProcess(role, config, transfer)
+    process = RankProcess(role, config, None if role == "standalone" else transfer)
     try:
         yield process
     finally:
