@@ -16,6 +16,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Activations. auto: float32 on a CPU, bfloat16 on a GPU."""
     numerics: Literal["released", "plain"] = "released"
     """released: quantisation exactly as the released program does it; plain: none."""
+    output_projection: Literal["auto", "fp8", "wide"] = "auto"
+    """Input of attention's first output projection, which the released program leaves unquantised. fp8: rounded like
+    every other projection's, with the weight as stored; wide: in `dtype`. auto: fp8 on a GPU with released numerics."""
     kv_cache_dtype: Literal["auto", "fp8", "bf16", "f32"] = "auto"
     """Row format of the state. auto: fp8 with released numerics, else as wide as `dtype`."""
     index_cache_dtype: Literal["auto", "mxfp4", "fp8", "bf16", "f32"] = "auto"

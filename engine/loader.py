@@ -106,6 +106,7 @@ def load_rank(
             count_experts=count_experts,
             device=device,
             packed_weights=device.type == "cuda" and config.numerics == "released",
+            fp8_output=config.output_projection == "fp8",
         )
         if config.load_format == "dummy":
             load_dummy_weights(model, model_config, config.seed)
@@ -177,6 +178,11 @@ def resolve(config: EngineConfig, rank: int) -> EngineConfig:
         cudagraph_capture_sizes=sizes,
         device=device,
         dtype=dtype,
+        output_projection=(
+            ("fp8" if released and on_gpu else "wide")
+            if config.output_projection == "auto"
+            else config.output_projection
+        ),
         kv_cache_dtype=("fp8" if released else wide) if config.kv_cache_dtype == "auto" else config.kv_cache_dtype,
         index_cache_dtype=(
             ("mxfp4" if released else wide) if config.index_cache_dtype == "auto" else config.index_cache_dtype

@@ -11,7 +11,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from kernels.dispatch import use_triton
-from kernels.quantize import dequantize_fp8_tiles, simulate_fp8
+from kernels.quantize import QuantizedRows, dequantize_fp8_tiles, simulate_fp8
 from kernels.row_linear import row_linear
 
 BLOCK = 128
@@ -22,10 +22,10 @@ def fp8_gemm_ref(x_TK: Tensor, codes_NK: Tensor, scales_nk: Tensor) -> Tensor:
     return row_linear(simulate_fp8(x_TK, BLOCK), weight)
 
 
-def fp8_gemm(x_TK: Tensor, codes_NK: Tensor, scales_nk: Tensor) -> Tensor:
-    """codes uint8 [N, K]; scales uint8 [ceil(N / 128), ceil(K / 128)]."""
-    if use_triton(x_TK):
-        from kernels.triton_fp8_gemm import fp8_gemm_triton
+def fp8_gemm(x_TK: Tensor | QuantizedRows, codes_NK: Tensor, scales_nk: Tensor) -> Tensor:
+    """codes uint8 [N, K]; scales uint8 [ceil(N / 128), ceil(K / 128)]. Rows quantised by a GPU kernel give bf16."""
+    if isinstance(x_TK, QuantizedRows) or use_triton(x_TK):
+        from kernels.gpu_fp8_gemm import fp8_gemm_gpu
 
-        return fp8_gemm_triton(x_TK, codes_NK, scales_nk)
+        return fp8_gemm_gpu(x_TK, codes_NK, scales_nk)
     return fp8_gemm_ref(x_TK, codes_NK, scales_nk)

@@ -11,6 +11,7 @@ scale may come out one step lower, the values do not change.
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +22,14 @@ FP4_MAX = 6.0
 FP8_AMAX_FLOOR = 1e-4
 FP4_AMAX_FLOOR = 6 * 2.0**-126
 _FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+
+
+class QuantizedRows(NamedTuple):
+    """e4m3 rows with a power-of-two scale per 128 channels, as GPU kernels pass them on."""
+
+    codes_RD: Tensor
+    scales_GR: Tensor
+    """float32 [ceil(D / 128), R rounded up to 4]."""
 
 
 @lru_cache(maxsize=4)

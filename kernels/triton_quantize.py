@@ -7,24 +7,17 @@ Bound by memory.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.quantize import QuantizedRows
 from kernels.triton_common import INTERPRET, power_of_two_scale, to_e4m3
 
+__all__ = ["GROUP", "QuantizedRows", "quantize_activations", "scale_stride"]
+
 GROUP = 128
-
-
-class QuantizedRows(NamedTuple):
-    """e4m3 rows with a power-of-two scale per 128 channels."""
-
-    codes_RD: Tensor
-    scales_GR: Tensor
-    """float32 [ceil(D / 128), R rounded up to 4]."""
 
 
 def scale_stride(num_rows: int) -> int:

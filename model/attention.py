@@ -8,16 +8,14 @@ import torch
 from torch import Tensor
 
 from kernels.attention_inputs import attention_inputs
-from kernels.grouped_output import grouped_output
 from kernels.rms_norm import rms_norm
-from kernels.rope import rope
 from kernels.sparse_attention import sparse_attention
 from kernels.window_ring import insert_window
 from model.compressor import OverlapCompressor, PendingCompressor
 from model.config import ModelConfig
 from model.context import ForwardContext
 from model.indexer import Indexer
-from model.linear import Linear, Numerics, StackedWeight, Weight, WeightHolder
+from model.linear import GroupedOutput, Linear, Numerics, StackedWeight, Weight, WeightHolder
 from model.state import LayerState
 
 
@@ -32,7 +30,7 @@ class Attention:
         self.wq_a_wkv = Linear((rank, dim), config.hidden_size, numerics)
         self.wq_b = Linear(heads * dim, rank, numerics)
         self.wo_b = Linear(config.hidden_size, config.o_groups * config.o_lora_rank, numerics)
-        self.wo_a = Weight(numerics.dtype, numerics)  # the released program multiplies this one unquantised
+        self.wo_a = GroupedOutput(config, numerics)
         self.q_norm, self.kv_norm, self.attn_sink = (Weight(torch.float32, numerics) for _ in range(3))
         kind, eps = config.layer_kind(layer), config.rms_norm_eps
         self.indexer: Indexer | None = None
@@ -53,7 +51,7 @@ class Attention:
         yield f"{prefix}.wq_a.weight", self.wq_a_wkv.part(0)
         yield f"{prefix}.wkv.weight", self.wq_a_wkv.part(1)
         yield f"{prefix}.wq_b.weight", self.wq_b.part()
-        yield f"{prefix}.wo_a.weight", self.wo_a
+        yield f"{prefix}.wo_a.weight", self.wo_a.part()
         yield f"{prefix}.wo_b.weight", self.wo_b.part()
         yield f"{prefix}.q_norm.weight", self.q_norm
         yield f"{prefix}.kv_norm.weight", self.kv_norm
@@ -82,9 +80,7 @@ class Attention:
         if not index.one_token_each:
             # Only now: a chunk longer than the window overwrites rows that its own first tokens still read.
             insert_window(chunk, state.window, index)
-        output = rope(output, *angles, inverse=True)
-        groups = self.wo_a.value.unflatten(0, (config.o_groups, config.o_lora_rank))
-        return self.wo_b(grouped_output(output.reshape(-1, config.o_groups, groups.shape[2]), groups))
+        return self.wo_b(self.wo_a.from_heads(output, angles))
 
     def _compress(self, x_TD: Tensor, latent_TR: Tensor, state: LayerState, context: ForwardContext) -> Tensor | None:
         """Advances the layer's compressed state; -> the entries each token attends to, None = all it can see."""

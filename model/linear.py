@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from kernels.fp8_gemm import fp8_gemm
+from kernels.grouped_output import grouped_output, grouped_output_fp8
 from kernels.moe import ExpertWeights
 from kernels.packed_experts import PackedBank, empty_bank, fill_random, gate_up_order, pack_matrix
-from kernels.quantize import dequantize_fp4, dequantize_fp8_tiles, simulate_fp8
+from kernels.quantize import QuantizedRows, dequantize_fp4, dequantize_fp8_tiles, simulate_fp8
 from kernels.row_linear import row_linear
 from kernels.wide_linear import wide_linear
 from model.config import EXPERT_GROUP, QUANT_TILE, ModelConfig
@@ -31,6 +32,8 @@ class Numerics(NamedTuple):
     packed: bool
     """Keep FP8 and FP4 weights packed."""
     device: torch.device
+    fp8_output: bool = False
+    """Round the input of the first output projection like every other's, which the released program does not."""
 
     @property
     def wide(self) -> torch.dtype:
@@ -127,17 +130,39 @@ class Linear:
         assert self.weight is not None
         return _Slice(self.weight[rows], None)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """-> [..., sum of rows]."""
+    def __call__(self, x: Tensor | QuantizedRows) -> Tensor:
+        """-> [..., sum of rows]. Quantised rows come from GPU kernels, for packed weights."""
         if self.codes is not None and self.scales is not None:
             return fp8_gemm(x, self.codes, self.scales)
         assert self.weight is not None
+        assert isinstance(x, Tensor)
         return row_linear(simulate_fp8(x, QUANT_TILE) if self._numerics.simulate else x, self.weight)
 
     def split(self, x: Tensor) -> tuple[Tensor, ...]:
         """-> one output per stacked weight."""
         parts: tuple[Tensor, ...] = self(x).split(self._parts, -1)
         return parts
+
+
+class GroupedOutput(Linear):
+    """First half of the output projection (kernels.grouped_output), in FP8 or in the activation dtype."""
+
+    def __init__(self, config: ModelConfig, numerics: Numerics) -> None:
+        columns = config.heads_per_group * config.head_dim
+        if numerics.fp8_output and (config.o_lora_rank % QUANT_TILE or columns % QUANT_TILE):
+            raise ValueError(
+                f"fp8_output: {config.o_lora_rank} x {columns} weights of a group are not tiles of {QUANT_TILE}"
+            )
+        how = numerics if numerics.fp8_output else numerics._replace(packed=False, simulate=False)
+        super().__init__(config.o_groups * config.o_lora_rank, columns, how)
+
+    def from_heads(self, x_THD: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor | QuantizedRows:
+        """Heads as attention leaves them, and the angles to rotate them back by; x may be overwritten. -> [T, outputs],
+        for the second half."""
+        if self.codes is not None and self.scales is not None:
+            return grouped_output_fp8(x_THD, angles, self.codes, self.scales)
+        assert self.weight is not None
+        return grouped_output(x_THD, angles, self.weight, simulate=self._numerics.simulate)
 
 
 class ExpertBank:

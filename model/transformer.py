@@ -72,6 +72,8 @@ class Transformer:
     when loaded; multiplying dequantised FP8 or FP4 weights with simulated activations is the released arithmetic up to
     the order of float32 sums.
     packed_weights: keep FP8 and FP4 weights packed, for kernels that multiply them directly ("released" only).
+    fp8_output: round the input of the first output projection to e4m3 as well ("released" only): the released program
+    multiplies this one in the activation dtype, other servers do not.
     count_experts: keep count of how many tokens of this rank choose each expert, in `expert_counts`.
     """
 
@@ -86,12 +88,15 @@ class Transformer:
         head_parallel: HeadParallel | None = None,
         device: torch.device | str = "cpu",
         packed_weights: bool = False,
+        fp8_output: bool = False,
         count_experts: bool = False,
     ) -> None:
         if dtype not in (torch.float32, torch.bfloat16):
             raise ValueError(f"dtype={dtype}: float32 or bfloat16")
         if packed_weights and numerics != "released":
             raise ValueError("packed_weights: quantised products are the released numerics")
+        if fp8_output and numerics != "released":
+            raise ValueError("fp8_output: quantised products are the released numerics")
         experts = range(config.n_routed_experts) if experts is None else experts
         share = experts if isinstance(experts, ExpertShare) else ExpertShare(experts)
         alike = share.experts
@@ -102,9 +107,10 @@ class Transformer:
         self.config, self.dtype = config, dtype
         self.numerics: NumericsName = numerics
         self.device = torch.device(device)
+        self.fp8_output = fp8_output
         self._simulate = numerics == "released"
         self._hyper = HyperSettings(config.hc_sinkhorn_iters, config.hc_eps, config.rms_norm_eps)
-        how = Numerics(dtype, self._simulate, packed_weights, self.device)
+        how = Numerics(dtype, self._simulate, packed_weights, self.device, fp8_output)
         self.embed = Weight(dtype, how)
         self.head = LmHead(config.vocab_size, how, head_parallel)
         self.norm = Weight(torch.float32, how)

@@ -105,6 +105,14 @@ def test_formats_follow_numerics_and_dtype():
 
 
 @pytest.mark.parametrize(
+    ("settings", "wanted"),
+    [({}, "wide"), ({"output_projection": "fp8"}, "fp8"), ({"numerics": "plain"}, "wide")],
+)
+def test_the_first_output_projection_is_quantised_where_asked_and_on_gpus(settings, wanted):
+    assert resolve(EngineConfig(model="", device="cpu", **settings), rank=0).output_projection == wanted
+
+
+@pytest.mark.parametrize(
     ("content", "wanted"),
     [('{"eos_token_id": 7}', (7,)), ('{"eos_token_id": [3, 9]}', (3, 9)), ("{}", (1,)), ('{"eos_token_id": []}', (1,))],
 )

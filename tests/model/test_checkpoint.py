@@ -134,11 +134,12 @@ def test_a_loaded_model_equals_transformers_with_the_dequantised_weights(written
     assert (got - expected).abs().max() < 1e-4
 
 
-def test_packed_weights_compute_what_dequantised_ones_do(written: Path, config: ModelConfig) -> None:
+@pytest.mark.parametrize("fp8_output", [False, True])
+def test_packed_weights_compute_what_dequantised_ones_do(written: Path, config: ModelConfig, fp8_output: bool) -> None:
     tokens = list(range(40))
     logits = []
     for packed in (False, True):
-        model = Transformer(config, numerics="released", packed_weights=packed)
+        model = Transformer(config, numerics="released", packed_weights=packed, fp8_output=fp8_output)
         load_weights(written, model, progress=False)
         logits.append(run(model, pools(config, "fp8", "mxfp4").views, Request(0, [1]), tokens, [40]))
     assert torch.equal(*logits)
