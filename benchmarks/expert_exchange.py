@@ -27,7 +27,8 @@ from torch import Tensor
 from engine.expert_exchange import ExpertExchange
 from engine.parallel import StepPlan
 from engine.rank_group import RankGroup
-from kernels.exchange_rows import RowFormat
+from kernels.exchange_rows import QuantizedTokens, RowFormat
+from model.moe import ExpertCompute
 
 TOPK = 6
 EXPERTS = 256
@@ -63,13 +64,16 @@ def expected(x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
     return x.float() * (weights * (1 + experts % 3)).sum(1, keepdim=True)
 
 
-def stand_in(rank: int, ranks: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+def stand_in(rank: int, ranks: int) -> ExpertCompute:
     """The sums over the experts of one rank."""
     first, end = EXPERTS * rank // ranks, EXPERTS * (rank + 1) // ranks
 
-    def compute(x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
+    def compute(
+        x: Tensor | QuantizedTokens, experts: Tensor, weights: Tensor, /, dtype: torch.dtype = torch.float32
+    ) -> Tensor:
+        values = x if isinstance(x, Tensor) else x.values()
         mine = (experts >= first) & (experts < end)
-        return x.float() * torch.where(mine, weights * (1 + experts % 3), 0.0).sum(1, keepdim=True)
+        return (values.float() * torch.where(mine, weights * (1 + experts % 3), 0.0).sum(1, keepdim=True)).to(dtype)
 
     return compute
 
@@ -80,10 +84,11 @@ def measure(group: RankGroup, tokens: int, hidden: int, part_tokens: int) -> Cas
         group, FixedPlan(group.size, tokens), num_experts=EXPERTS, quantised=True, part_tokens=part_tokens
     )
     inputs = tokens_of(rank, tokens, hidden, 0, device)
+    nothing = torch.zeros(tokens, hidden, device=device)
     compute = stand_in(rank, group.size)
 
     def run() -> Tensor:
-        return exchange.send(*inputs).through(compute)
+        return exchange.send(*inputs).through(compute, nothing)
 
     assert torch.equal(run(), expected(*inputs)), f"{tokens} tokens: the sums are wrong"
     eager_us = timed(run, device)

@@ -20,6 +20,7 @@ from engine.dummy_weights import load_dummy_weights
 from engine.engine import Engine
 from engine.intake import EngineShape
 from engine.memory import PoolSizes, StateMemory
+from kernels.exchange_rows import RowFormat, add_sums, pack_rows, unpack_rows
 from model.batch import ForwardBatch
 from model.config import ModelConfig
 from model.moe import ExpertCompute
@@ -49,20 +50,23 @@ class Repeated:
 
     def send(self, x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> _Sent:
         # In few launches: this is a stand-in, and its time is not the model's.
-        experts = (experts_TK + self._offsets) % self._num_experts
-        weights = torch.cat((weights_TK,) * self._ranks)
-        return _Sent(torch.cat((x_TD,) * self._ranks), experts.flatten(0, 1), weights, x_TD.shape[0])
+        layout = RowFormat(x_TD.shape[1], experts_TK.shape[1], x_TD.dtype, quantised=True)
+        rows = pack_rows(x_TD, experts_TK, weights_TK, layout, x_TD.shape[0], self._num_experts)
+        arrived = torch.cat((rows,) * self._ranks)
+        experts = unpack_rows(arrived, layout)[1].unflatten(0, (self._ranks, -1))
+        experts.add_(self._offsets).remainder_(self._num_experts)
+        return _Sent(arrived, layout, x_TD.shape[0])
 
 
 @dataclass(frozen=True)
 class _Sent:
-    x_UD: Tensor
-    experts_UK: Tensor
-    weights_UK: Tensor
+    rows_UW: Tensor
+    layout: RowFormat
     num_tokens: int
 
-    def through(self, compute: ExpertCompute) -> Tensor:
-        return compute(self.x_UD, self.experts_UK, self.weights_UK)[: self.num_tokens]
+    def through(self, compute: ExpertCompute, shared_TD: Tensor) -> Tensor:
+        sums = compute(*unpack_rows(self.rows_UW, self.layout))
+        return add_sums(sums[None, : self.num_tokens], shared_TD)
 
 
 class Arriving:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from engine.parallel import Agreement
 from engine.rank_group import Pending, RankGroup
-from kernels.exchange_rows import RowFormat, pack_rows, unpack_rows
+from kernels.exchange_rows import RowFormat, add_sums, pack_rows, unpack_rows
 from model.moe import ExpertCompute
 
 
@@ -56,7 +56,7 @@ class ExpertExchange:
             rows = pack_rows(x_TD[mine], experts_TK[mine], weights_TK[mine], layout, end - begin, self._num_experts)
             gathered = rows.new_empty(self._group.size * rows.shape[0], rows.shape[1])
             parts.append((gathered, self._group.all_gather(gathered, rows), rows))
-        return InFlight(self._group, layout, parts, x_TD.shape[0], self._sums)
+        return InFlight(self._group, layout, parts, self._sums)
 
     def _num_rows(self, num_tokens: int) -> int:
         """M. A captured step is padded to the same size on all ranks, and that is at least what was agreed."""
@@ -71,30 +71,29 @@ class InFlight:
         group: RankGroup,
         layout: RowFormat,
         parts: Sequence[tuple[Tensor, Pending, Tensor]],
-        num_tokens: int,
         sums: torch.dtype,
     ) -> None:
         self._group = group
         self._layout = layout
         self._parts = parts
         """Everybody's rows, their arrival, and this rank's own rows, which must live until then."""
-        self._num_tokens = num_tokens
         self._sums = sums
 
-    def through(self, compute: ExpertCompute) -> Tensor:
-        """The sums over all experts of this rank's tokens: float32 [T, D]."""
+    def through(self, compute: ExpertCompute, shared_TD: Tensor) -> Tensor:
+        """The sums over all experts of this rank's tokens, and the shared expert's output."""
         sums: list[tuple[Tensor, Pending, Tensor]] = []
         for gathered, arrival, _ in self._parts:
             arrival.wait()
-            mine = compute(*unpack_rows(gathered, self._layout)).to(self._sums)
+            mine = compute(*unpack_rows(gathered, self._layout), dtype=self._sums)
             ours = torch.empty_like(mine)
             sums.append((ours, self._group.all_to_all(ours, mine), mine))
-        totals = []
+        totals, begin = [], 0
         for ours, arrival, _ in sums:
             arrival.wait()
-            totals.append(ours.unflatten(0, (self._group.size, -1)).sum(0, dtype=torch.float32))
-        whole = totals[0] if len(totals) == 1 else torch.cat(totals)
-        return whole[: self._num_tokens]
+            ranks_SMD = ours.unflatten(0, (self._group.size, -1))
+            totals.append(add_sums(ranks_SMD, shared_TD[begin : begin + ranks_SMD.shape[1]]))
+            begin += ranks_SMD.shape[1]
+        return totals[0] if len(totals) == 1 else torch.cat(totals)
 
 
 def parts_of(num_rows: int, part_rows: int) -> list[tuple[int, int]]:

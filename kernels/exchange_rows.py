@@ -1,9 +1,10 @@
-"""A token and its routing as one row of bytes, for the exchange between ranks that share the experts, and back.
+"""A token and its routing as one row of bytes, for the exchange between ranks that share the experts, and the way back.
 
 T tokens of this rank, U rows of all ranks, D hidden, K experts a token. A row: float32 weights [K], int32 experts [K],
 then the token. Quantised: e4m3 codes [D] and an E8M0 byte per 128 channels; the experts quantise their inputs so anyway
-and doing it twice changes nothing (kernels.quantize), so it halves the bytes for free. Else: D values as they are. Each
-part begins at a multiple of 16 bytes. Bound by memory; at decode, by launches.
+and doing it twice changes nothing (kernels.quantize), so it halves the bytes for free, and on a GPU the experts read
+the rows where they arrived. Else: D values as they are. Each part begins at a multiple of 16 bytes. Back come the sums
+of every rank's experts. Bound by memory; at decode, by launches.
 """
 
 from __future__ import annotations
@@ -18,6 +19,25 @@ from kernels.quantize import dequantize_fp8, quantize_fp8
 
 GROUP = 128
 _ALIGN = 16
+
+
+class QuantizedTokens(NamedTuple):
+    """Tokens as e4m3 with an E8M0 byte per 128 channels; rows may lie apart."""
+
+    codes_TD: Tensor
+    """float8_e4m3fn [T, D]."""
+    scales_TG: Tensor
+    """uint8 [T, ceil(D / 128)]."""
+    dtype: torch.dtype
+    """Of the tokens before they were quantised."""
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.codes_TD.shape
+
+    def values(self) -> Tensor:
+        """[T, D] in `dtype`."""
+        return dequantize_fp8(self.codes_TD.view(torch.uint8), self.scales_TG, GROUP).to(self.dtype)
 
 
 class RowFormat(NamedTuple):
@@ -69,18 +89,6 @@ def pack_rows_ref(
     return rows
 
 
-def unpack_rows_ref(rows_UW: Tensor, layout: RowFormat) -> tuple[Tensor, Tensor, Tensor]:
-    topk, hidden, begin = layout.topk, layout.hidden, layout.token_offset
-    weights = rows_UW[:, : 4 * topk].view(torch.float32).contiguous()
-    experts = rows_UW[:, 4 * topk : 8 * topk].view(torch.int32).long()
-    if layout.quantised:
-        scales = rows_UW[:, layout.scale_offset : layout.scale_offset + -(-hidden // GROUP)]
-        x = dequantize_fp8(rows_UW[:, begin : begin + hidden], scales, GROUP).to(layout.dtype)
-    else:
-        x = rows_UW[:, begin : begin + hidden * layout.dtype.itemsize].view(layout.dtype).contiguous()
-    return x, experts, weights
-
-
 def pack_rows(
     x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, layout: RowFormat, num_rows: int, nowhere: int
 ) -> Tensor:
@@ -92,13 +100,33 @@ def pack_rows(
     return pack_rows_ref(x_TD, experts_TK, weights_TK, layout, num_rows, nowhere)
 
 
-def unpack_rows(rows_UW: Tensor, layout: RowFormat) -> tuple[Tensor, Tensor, Tensor]:
-    """-> (tokens [U, D], experts int64 [U, K], weights float32 [U, K])."""
-    if _fits_gpu(rows_UW, layout):
-        from kernels.triton_exchange_rows import unpack_rows_gpu
+def unpack_rows(rows_UW: Tensor, layout: RowFormat) -> tuple[Tensor | QuantizedTokens, Tensor, Tensor]:
+    """-> (tokens [U, D], experts int32 [U, K], weights float32 [U, K]), all where they lie in the rows."""
+    topk, hidden, begin = layout.topk, layout.hidden, layout.token_offset
+    weights = rows_UW[:, : 4 * topk].view(torch.float32)
+    experts = rows_UW[:, 4 * topk : 8 * topk].view(torch.int32)
+    if layout.quantised:
+        scales = rows_UW[:, layout.scale_offset : layout.scale_offset + -(-hidden // GROUP)]
+        codes = rows_UW[:, begin : begin + hidden].view(torch.float8_e4m3fn)
+        return QuantizedTokens(codes, scales, layout.dtype), experts, weights
+    return rows_UW[:, begin : begin + hidden * layout.dtype.itemsize].view(layout.dtype), experts, weights
 
-        return unpack_rows_gpu(rows_UW, layout)
-    return unpack_rows_ref(rows_UW, layout)
+
+def add_sums_ref(sums_SMD: Tensor, shared_TD: Tensor) -> Tensor:
+    total = sums_SMD[0, : shared_TD.shape[0]].float()
+    for sums_MD in sums_SMD[1:]:
+        total = total + sums_MD[: shared_TD.shape[0]]
+    return (total + shared_TD).to(shared_TD.dtype)
+
+
+def add_sums(sums_SMD: Tensor, shared_TD: Tensor) -> Tensor:
+    """Sums of S ranks' experts, float32 or bf16 [S, M, D] with M >= T, and the shared expert's output [T, D]
+    -> their sum, added in float32 in this order and rounded once to the shared expert's dtype."""
+    if use_triton(sums_SMD):
+        from kernels.triton_exchange_rows import add_sums_gpu
+
+        return add_sums_gpu(sums_SMD, shared_TD)
+    return add_sums_ref(sums_SMD, shared_TD)
 
 
 def _fits_gpu(tensor: Tensor, layout: RowFormat) -> bool:

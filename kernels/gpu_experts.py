@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from kernels import cuda_build
+from kernels.exchange_rows import QuantizedTokens
 from kernels.moe import ExpertWeights
 from kernels.packed_experts import STAGE_K, PackedBank, PackedExperts, fits_packing, pack_bank
 from kernels.triton_expert_rows import (
@@ -96,11 +97,12 @@ def fits_hopper(width: int, hidden: int) -> bool:
 
 
 def routed_experts_gpu(
-    x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, bank: ExpertWeights | PackedBank, *, limit: float,
-    block_rows: int, shared_TD: Tensor | None = None,
+    x_TD: Tensor | QuantizedTokens, experts_TK: Tensor, weights_TK: Tensor, bank: ExpertWeights | PackedBank, *,
+    limit: float, block_rows: int, shared_TD: Tensor | None = None, dtype: torch.dtype = torch.float32,
 ) -> Tensor:  # fmt: skip
-    """x bf16 [T, D]; experts int [T, K]; weights float32 [T, K]. -> float32 [T, D] sum over local experts, or bf16 with
-    the shared expert's output added. `block_rows`: see block_rows_for; it changes speed, never a bit of the result."""
+    """x bf16 [T, D] or quantised; experts int [T, K]; weights float32 [T, K]; a token's choices lie together. -> sum
+    over local experts as combine_rows gives it. `block_rows`: see block_rows_for; it changes speed, never a bit of the
+    result."""
     num_local = bank.up.data.shape[0] if isinstance(bank, PackedBank) else bank.w13.shape[0]
     rows = sort_by_expert(experts_TK, bank.first, num_local)
     inputs, route_weight = quantize_rows(x_TD, weights_TK, rows)
@@ -114,4 +116,4 @@ def routed_experts_gpu(
         tile = 1 << (tile - 1).bit_length()
         hidden = experts_up(inputs, bank.w13, bank.w13_scale, rows.offsets_E, route_weight, limit, tile)
         y = experts_down(hidden, bank.w2, bank.w2_scale, rows.offsets_E, tile)
-    return combine_rows(y, rows, shared_TD)
+    return combine_rows(y, rows, shared_TD, dtype)

@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from kernels.dispatch import use_triton
-from kernels.quantize import dequantize_fp4, simulate_fp8
+from kernels.exchange_rows import QuantizedTokens
+from kernels.quantize import QuantizedRows, dequantize_fp4, simulate_fp8
 from kernels.row_linear import row_linear
 from kernels.wide_linear import wide_linear
 
@@ -105,38 +106,55 @@ def _by_expert(rows: Tensor, counts: list[int], weight: Tensor, scale: Tensor | 
     return torch.cat(parts) if parts else rows.new_empty(0, weight.shape[1])
 
 
-def route_by_score(x_TD: Tensor, gate_ED: Tensor, bias_E: Tensor, topk: int, scale: float) -> tuple[Tensor, Tensor]:
-    """-> experts int64 [T, K], weights float32 [T, K]."""
+def _without_padding(routing: tuple[Tensor, Tensor], real_T: Tensor | None, nowhere: int) -> tuple[Tensor, Tensor]:
+    if real_T is None:
+        return routing
+    return routing[0].masked_fill(~real_T[:, None], nowhere), routing[1]
+
+
+def route_by_score(
+    x_TD: Tensor, gate_ED: Tensor, bias_E: Tensor, topk: int, scale: float, *, real_T: Tensor | None = None,
+    nowhere: int = -1,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """-> experts int64 [T, K], weights float32 [T, K]. Rows that are not real (bool [T], None: all are) go to
+    the expert `nowhere`."""
     if use_triton(x_TD):
         from kernels.triton_gate import pick_experts
 
-        return pick_experts(wide_linear(x_TD, gate_ED), topk, scale, bias_E=bias_E)
-    return route_by_score_ref(x_TD, gate_ED, bias_E, topk, scale)
+        logits = wide_linear(x_TD, gate_ED)
+        return pick_experts(logits, topk, scale, bias_E=bias_E, real_T=real_T, nowhere=nowhere)
+    return _without_padding(route_by_score_ref(x_TD, gate_ED, bias_E, topk, scale), real_T, nowhere)
 
 
 def route_by_token(
-    x_TD: Tensor, gate_ED: Tensor, experts_VK: Tensor, token_ids_T: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
+    x_TD: Tensor, gate_ED: Tensor, experts_VK: Tensor, token_ids_T: Tensor, scale: float, *,
+    real_T: Tensor | None = None, nowhere: int = -1,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """experts_VK int [V, K]: the fixed experts of each token id. -> as route_by_score."""
     if use_triton(x_TD):
         from kernels.triton_gate import pick_experts
 
-        given = experts_VK[token_ids_T].contiguous()
-        return pick_experts(wide_linear(x_TD, gate_ED), given.shape[1], scale, given_TK=given)
-    return route_by_token_ref(x_TD, gate_ED, experts_VK, token_ids_T, scale)
+        return pick_experts(
+            wide_linear(x_TD, gate_ED), experts_VK.shape[1], scale, given_VK=experts_VK, token_ids_T=token_ids_T,
+            real_T=real_T, nowhere=nowhere,
+        )  # fmt: skip
+    return _without_padding(route_by_token_ref(x_TD, gate_ED, experts_VK, token_ids_T, scale), real_T, nowhere)
 
 
-def swiglu(gate: Tensor, up: Tensor, limit: float) -> Tensor:
-    """[T, I] -> [T, I], rounded once to the inputs' dtype."""
+def swiglu(gate: Tensor, up: Tensor, limit: float, *, quantize: bool = False) -> Tensor | QuantizedRows:
+    """[T, I] -> [T, I], rounded once to the inputs' dtype; with `quantize` its e4m3 form instead, where that costs no
+    pass of its own."""
     if use_triton(gate):
-        from kernels.triton_swiglu import swiglu_triton
+        from kernels.triton_swiglu import swiglu_quantized_triton, swiglu_triton
 
+        if quantize and gate.dtype == torch.bfloat16 and gate.shape[1] % ACTIVATION_BLOCK == 0:
+            return swiglu_quantized_triton(gate, up, limit)
         return swiglu_triton(gate, up, limit, gate.dtype)
     return swiglu_ref(gate, up, limit).to(gate.dtype)
 
 
 def routed_experts(
-    x_TD: Tensor,
+    x_TD: Tensor | QuantizedTokens,
     experts_TK: Tensor,
     weights_TK: Tensor,
     local: ExpertWeights | PackedBank,
@@ -144,28 +162,35 @@ def routed_experts(
     limit: float,
     simulate: bool,
     num_experts: int | None = None,
+    shared_TD: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Sum over the local experts of those each token chose: float32 [T, D].
+    """Sum over the local experts of those each token chose: [T, D] in `dtype`, float32 or bfloat16; or with the shared
+    expert's output added, in that one's dtype. Added in float32 and rounded once.
 
     `simulate` rounds the inputs of both products to e4m3 in blocks of 128, as the released program does.
     `num_experts`: among how many the tokens chose, here and elsewhere; None: the local ones. Changes speed only.
     """
-    if use_triton(x_TD) and _fits_gpu(x_TD, local, simulate):
+    if use_triton(weights_TK) and _fits_gpu(x_TD, local, simulate):
         from kernels.gpu_experts import block_rows_for, routed_experts_gpu
 
         total = num_experts or (local.w13.shape[0] if isinstance(local, ExpertWeights) else local.up.data.shape[0])
         rows = block_rows_for(x_TD.shape[0], experts_TK.shape[1], total)
-        return routed_experts_gpu(x_TD, experts_TK, weights_TK, local, limit=limit, block_rows=rows)
+        return routed_experts_gpu(
+            x_TD, experts_TK, weights_TK, local, limit=limit, block_rows=rows, shared_TD=shared_TD, dtype=dtype
+        )
     if not isinstance(local, ExpertWeights):
         raise ValueError(f"packed experts need bfloat16 rows and the released rounding, not {x_TD.dtype}")
-    return routed_experts_ref(x_TD, experts_TK, weights_TK, local, limit=limit, simulate=simulate)
+    x = x_TD if isinstance(x_TD, Tensor) else x_TD.values()
+    routed = routed_experts_ref(x, experts_TK, weights_TK, local, limit=limit, simulate=simulate)
+    return routed.to(dtype) if shared_TD is None else (routed + shared_TD).to(shared_TD.dtype)
 
 
-def _fits_gpu(x_TD: Tensor, local: ExpertWeights | PackedBank, simulate: bool) -> bool:
+def _fits_gpu(x_TD: Tensor | QuantizedTokens, local: ExpertWeights | PackedBank, simulate: bool) -> bool:
     """The kernels know packed experts of whole blocks of 128 and the released rounding of inputs."""
     if not simulate or x_TD.dtype != torch.bfloat16:
         return False
     if not isinstance(local, ExpertWeights):
-        return bool(x_TD.is_cuda)
+        return bool(local.up.data.is_cuda)
     blocks = x_TD.shape[1] % ACTIVATION_BLOCK == 0 and local.w13.shape[1] // 2 % ACTIVATION_BLOCK == 0
     return bool(local.w13_scale is not None and blocks)

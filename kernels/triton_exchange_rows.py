@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.exchange_rows import GROUP, RowFormat
-from kernels.triton_common import INTERPRET, exponent_byte, from_exponent_byte, power_of_two_scale, to_bf16, to_e4m3
+from kernels.exchange_rows import RowFormat
+from kernels.triton_common import INTERPRET, exponent_byte, power_of_two_scale, to_bf16, to_e4m3
 
 
 @triton.jit
@@ -41,29 +41,19 @@ def _pack_kernel(
 
 
 @triton.jit
-def _unpack_kernel(
-    rows_f32, rows_i32, rows_u8, rows_e4m3, x, experts, weights, hidden, row_bytes,
-    TOPK: tl.constexpr, CHOICES: tl.constexpr, TOKEN: tl.constexpr, SCALES: tl.constexpr, BLOCK: tl.constexpr,
-    BF16: tl.constexpr, INTERPRET: tl.constexpr,
+def _add_sums_kernel(
+    sums, shared, output, hidden, stride_rank, stride_row, stride_shared,
+    RANKS: tl.constexpr, BLOCK: tl.constexpr, BF16: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    part = tl.program_id(1)
-    groups: tl.constexpr = BLOCK // 128
-    if part == 0:
-        choice = tl.arange(0, CHOICES)
-        held = choice < TOPK
-        words = row * (row_bytes // 4) + choice
-        tl.store(weights + row * TOPK + choice, tl.load(rows_f32 + words, mask=held), mask=held)
-        tl.store(experts + row * TOPK + choice, tl.load(rows_i32 + words + TOPK, mask=held).to(tl.int64), mask=held)
-    column = part * BLOCK + tl.arange(0, BLOCK)
-    group = part * groups + tl.arange(0, groups)
-    scale = from_exponent_byte(tl.load(rows_u8 + row * row_bytes + SCALES + group))
-    code = tl.load(rows_e4m3 + row * row_bytes + TOKEN + column).to(tl.float32)
-    value = tl.reshape(tl.reshape(code, (groups, 128)) * scale[:, None], (BLOCK,))
-    if BF16:
-        tl.store(x + row * hidden + column, to_bf16(value, INTERPRET))
-    else:
-        tl.store(x + row * hidden + column, value)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < hidden
+    total = tl.zeros((BLOCK,), tl.float32)
+    for rank in tl.static_range(RANKS):
+        place = sums + rank * stride_rank + row * stride_row + column
+        total += tl.load(place, mask=inside, other=0.0).to(tl.float32)
+    total += tl.load(shared + row * stride_shared + column, mask=inside, other=0.0).to(tl.float32)
+    tl.store(output + row * hidden + column, to_bf16(total, INTERPRET) if BF16 else total, mask=inside)
 
 
 def _views(rows_UW: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -95,18 +85,14 @@ def pack_rows_gpu(
     return rows
 
 
-def unpack_rows_gpu(rows_UW: Tensor, layout: RowFormat) -> tuple[Tensor, Tensor, Tensor]:
-    """As unpack_rows, for rows of `pack_rows_gpu`; contiguous."""
-    num_rows, device = rows_UW.shape[0], rows_UW.device
-    x = torch.empty(num_rows, layout.hidden, dtype=layout.dtype, device=device)
-    experts = torch.empty(num_rows, layout.topk, dtype=torch.int64, device=device)
-    weights = torch.empty(num_rows, layout.topk, dtype=torch.float32, device=device)
-    if num_rows:
-        block = _block(layout.hidden)
-        assert layout.hidden % GROUP == 0
-        _unpack_kernel[(num_rows, layout.hidden // block)](
-            *_views(rows_UW), x, experts, weights, layout.hidden, layout.row_bytes, TOPK=layout.topk,
-            CHOICES=triton.next_power_of_2(layout.topk), TOKEN=layout.token_offset, SCALES=layout.scale_offset,
-            BLOCK=block, BF16=layout.dtype == torch.bfloat16, INTERPRET=INTERPRET,
+def add_sums_gpu(sums_SMD: Tensor, shared_TD: Tensor) -> Tensor:
+    """As add_sums; contiguous."""
+    num_tokens, hidden = shared_TD.shape
+    output = torch.empty(num_tokens, hidden, dtype=shared_TD.dtype, device=shared_TD.device)
+    if num_tokens:
+        block = min(1024, triton.next_power_of_2(hidden))
+        _add_sums_kernel[(num_tokens, triton.cdiv(hidden, block))](
+            sums_SMD, shared_TD, output, hidden, sums_SMD.stride(0), sums_SMD.stride(1), shared_TD.stride(0),
+            RANKS=sums_SMD.shape[0], BLOCK=block, BF16=output.dtype == torch.bfloat16, INTERPRET=INTERPRET,
         )  # fmt: skip
-    return x, experts, weights
+    return output

@@ -14,11 +14,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.triton_common import INTERPRET, power_of_two_scale, to_bf16, to_e4m3
+from kernels.exchange_rows import QuantizedTokens
+from kernels.triton_common import INTERPRET, from_exponent_byte, power_of_two_scale, to_bf16, to_e4m3
 from kernels.triton_quantize import QuantizedRows, scale_stride
 
 GROUP = 128
 ENTRIES = 1024
+MOST_AT_ONCE = 2048
+"""Choices that one program sorts in registers; more are faster in three launches, whose counters many programs share."""
 
 
 class ExpertRows(NamedTuple):
@@ -31,10 +34,23 @@ class ExpertRows(NamedTuple):
 
 
 @triton.jit
-def _count_kernel(experts, counts, num_entries, first, num_experts, BINS: tl.constexpr, BLOCK: tl.constexpr):
+def _local_expert(experts, entry, num_entries, first, num_experts, stride, CHOICES: tl.constexpr):
+    """Number of each choice's expert among the local ones, and whether it is one of them."""
+    inside = entry < num_entries
+    place = (entry // CHOICES).to(tl.int64) * stride + entry % CHOICES
+    local = tl.load(experts + place, mask=inside, other=-1).to(tl.int32) - first
+    mine = inside & (local >= 0) & (local < num_experts)
+    return tl.where(mine, local, 0), mine
+
+
+@triton.jit
+def _count_kernel(
+    experts, counts, num_entries, first, num_experts, stride,
+    CHOICES: tl.constexpr, BINS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     entry = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    local = tl.load(experts + entry, mask=entry < num_entries, other=-1).to(tl.int32) - first
-    local = tl.where((local >= 0) & (local < num_experts), local, num_experts)
+    local, mine = _local_expert(experts, entry, num_entries, first, num_experts, stride, CHOICES)
+    local = tl.where(mine, local, num_experts)
     histogram = tl.histogram(local, BINS)
     bins = tl.arange(0, BINS)
     tl.atomic_add(counts + bins, histogram, mask=(bins < num_experts) & (histogram > 0), sem="relaxed")
@@ -50,68 +66,111 @@ def _offsets_kernel(counts, offsets, cursor, num_experts, BINS: tl.constexpr):
 
 
 @triton.jit
-def _place_kernel(experts, cursor, rows, num_entries, first, num_experts, BLOCK: tl.constexpr):
+def _place_kernel(
+    experts, cursor, rows, num_entries, first, num_experts, stride, CHOICES: tl.constexpr, BLOCK: tl.constexpr
+):
     entry = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = entry < num_entries
-    local = tl.load(experts + entry, mask=inside, other=-1).to(tl.int32) - first
-    mine = inside & (local >= 0) & (local < num_experts)
-    row = tl.atomic_add(cursor + tl.where(mine, local, 0), 1, mask=mine, sem="relaxed")
-    tl.store(rows + entry, tl.where(mine, row, -1), mask=inside)
+    local, mine = _local_expert(experts, entry, num_entries, first, num_experts, stride, CHOICES)
+    row = tl.atomic_add(cursor + local, 1, mask=mine, sem="relaxed")
+    tl.store(rows + entry, tl.where(mine, row, -1), mask=entry < num_entries)
+
+
+@triton.jit
+def _sort_kernel(
+    experts, counts, offsets, rows, num_entries, first, num_experts, stride,
+    CHOICES: tl.constexpr, BINS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """All in one program: barriers order the counters' uses."""
+    bins = tl.arange(0, BINS)
+    tl.store(counts + bins, tl.zeros((BINS,), tl.int32), mask=bins < num_experts)
+    entry = tl.arange(0, BLOCK)
+    local, mine = _local_expert(experts, entry, num_entries, first, num_experts, stride, CHOICES)
+    tl.debug_barrier()
+    rank = tl.atomic_add(counts + local, 1, mask=mine, sem="relaxed", scope="cta")
+    tl.debug_barrier()
+    count = tl.load(counts + bins, mask=bins < num_experts, other=0)
+    tl.store(offsets + bins, tl.cumsum(count, 0) - count, mask=bins <= num_experts)
+    tl.debug_barrier()
+    start = tl.load(offsets + local, mask=mine, other=0)
+    tl.store(rows + entry, tl.where(mine, start + rank, -1), mask=entry < num_entries)
 
 
 def sort_by_expert(experts_TK: Tensor, first: int, num_experts: int) -> ExpertRows:
-    """experts_TK int32 or int64, global expert numbers, contiguous."""
-    device, num_entries = experts_TK.device, experts_TK.numel()
+    """experts_TK int32 or int64, global expert numbers; a token's choices lie together."""
+    device, num_entries, choices = experts_TK.device, experts_TK.numel(), experts_TK.shape[1]
+    rows = torch.empty(experts_TK.shape, dtype=torch.int32, device=device)
+    bins = triton.next_power_of_2(num_experts + 1)
+    if 0 < num_entries <= MOST_AT_ONCE:
+        counts, offsets = torch.empty(2, num_experts + 1, dtype=torch.int32, device=device)
+        block = triton.next_power_of_2(num_entries)
+        _sort_kernel[(1,)](
+            experts_TK, counts, offsets, rows, num_entries, first, num_experts, experts_TK.stride(0),
+            CHOICES=choices, BINS=bins, BLOCK=block, num_warps=max(1, min(32, max(block, bins) // 64)),
+        )  # fmt: skip
+        return ExpertRows(offsets, rows)
     work = torch.zeros(3 * (num_experts + 1), dtype=torch.int32, device=device)
     counts, offsets, cursor = work.view(3, num_experts + 1)
-    rows = torch.empty(experts_TK.shape, dtype=torch.int32, device=device)
     if num_entries:
-        bins, grid = triton.next_power_of_2(num_experts + 1), (triton.cdiv(num_entries, ENTRIES),)
-        _count_kernel[grid](experts_TK, counts, num_entries, first, num_experts, BINS=bins, BLOCK=ENTRIES)
+        grid, stride = (triton.cdiv(num_entries, ENTRIES),), experts_TK.stride(0)
+        _count_kernel[grid](
+            experts_TK, counts, num_entries, first, num_experts, stride, CHOICES=choices, BINS=bins, BLOCK=ENTRIES
+        )
         _offsets_kernel[(1,)](counts, offsets, cursor, num_experts, BINS=bins, num_warps=1)
-        _place_kernel[grid](experts_TK, cursor, rows, num_entries, first, num_experts, BLOCK=ENTRIES)
+        _place_kernel[grid](
+            experts_TK, cursor, rows, num_entries, first, num_experts, stride, CHOICES=choices, BLOCK=ENTRIES
+        )
     return ExpertRows(offsets, rows)
 
 
 @triton.jit
 def _quantize_rows_kernel(
-    x, rows, weights, codes, scales, route_weight, stride_x, stride_codes, stride_scales,
-    CHOICES: tl.constexpr, BLOCK: tl.constexpr, INTERPRET: tl.constexpr,
+    x, x_scales, rows, weights, codes, scales, route_weight,
+    stride_x, stride_x_scales, stride_weights, stride_codes, stride_scales,
+    CHOICES: tl.constexpr, SLOTS: tl.constexpr, BLOCK: tl.constexpr, QUANTIZED: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
+    slot = tl.arange(0, SLOTS)
     groups: tl.constexpr = BLOCK // 128
     column = part * BLOCK + tl.arange(0, BLOCK)
-    value = tl.reshape(tl.load(x + token * stride_x + column).to(tl.float32), (groups, 128))
-    amax = tl.maximum(tl.max(tl.abs(value), axis=1), 1e-4)
-    scale = power_of_two_scale(amax, 1.0 / 448.0)
-    code = tl.reshape(to_e4m3(value * (1.0 / scale)[:, None], INTERPRET), (BLOCK,))
     group = part * groups + tl.arange(0, groups)
-    for choice in tl.static_range(CHOICES):
-        row = tl.load(rows + token * CHOICES + choice).to(tl.int64)
-        if row >= 0:
-            tl.store(codes + row * stride_codes + column, code)
-            tl.store(scales + group.to(tl.int64) * stride_scales + row, scale)
-            if part == 0:
-                tl.store(route_weight + row, tl.load(weights + token * CHOICES + choice))
+    if tl.max(tl.load(rows + token * CHOICES + slot, mask=slot < CHOICES, other=-1), axis=0) >= 0:
+        if QUANTIZED:
+            code = tl.load(x + token * stride_x + column)
+            scale = from_exponent_byte(tl.load(x_scales + token * stride_x_scales + group))
+        else:
+            value = tl.reshape(tl.load(x + token * stride_x + column).to(tl.float32), (groups, 128))
+            scale = power_of_two_scale(tl.maximum(tl.max(tl.abs(value), axis=1), 1e-4), 1.0 / 448.0)
+            code = tl.reshape(to_e4m3(value * (1.0 / scale)[:, None], INTERPRET), (BLOCK,))
+        for choice in tl.static_range(CHOICES):
+            row = tl.load(rows + token * CHOICES + choice).to(tl.int64)
+            if row >= 0:
+                tl.store(codes + row * stride_codes + column, code)
+                tl.store(scales + group.to(tl.int64) * stride_scales + row, scale)
+                if part == 0:
+                    tl.store(route_weight + row, tl.load(weights + token * stride_weights + choice))
 
 
-def quantize_rows(x_TD: Tensor, weights_TK: Tensor, rows: ExpertRows) -> tuple[QuantizedRows, Tensor]:
-    """x bf16 or float32 [T, D], D a multiple of 128 -> (rows of the local experts, float32 [R] routing weight of each).
+def quantize_rows(x_TD: Tensor | QuantizedTokens, weights_TK: Tensor, rows: ExpertRows) -> tuple[QuantizedRows, Tensor]:
+    """Tokens [T, D], bf16, float32 or quantised, D a multiple of 128; weights float32, a token's together
+    -> (e4m3 rows of the local experts, float32 [R] routing weight of each).
 
     Rows that no token fills keep whatever the allocator left there."""
     (num_tokens, hidden), choices = x_TD.shape, weights_TK.shape[1]
     if hidden % GROUP:
         raise ValueError(f"hidden={hidden}: expert inputs are quantised in groups of {GROUP}")
-    num_rows = num_tokens * choices
-    codes = torch.empty(num_rows, hidden, dtype=torch.float8_e4m3fn, device=x_TD.device)
-    scales = torch.empty(hidden // GROUP, scale_stride(num_rows), dtype=torch.float32, device=x_TD.device)
-    route_weight = torch.empty(num_rows, dtype=torch.float32, device=x_TD.device)
+    num_rows, device = num_tokens * choices, weights_TK.device
+    codes = torch.empty(num_rows, hidden, dtype=torch.float8_e4m3fn, device=device)
+    scales = torch.empty(hidden // GROUP, scale_stride(num_rows), dtype=torch.float32, device=device)
+    route_weight = torch.empty(num_rows, dtype=torch.float32, device=device)
     if num_tokens:
         block = next(size for size in (1024, 512, 256, 128) if hidden % size == 0)
+        quantized = isinstance(x_TD, QuantizedTokens)
+        values, value_scales = (x_TD.codes_TD, x_TD.scales_TG) if isinstance(x_TD, QuantizedTokens) else (x_TD, x_TD)
         _quantize_rows_kernel[(num_tokens, hidden // block)](
-            x_TD, rows.row_TK, weights_TK, codes, scales, route_weight, x_TD.stride(0), codes.stride(0),
-            scales.stride(0), CHOICES=choices, BLOCK=block, INTERPRET=INTERPRET,
+            values, value_scales, rows.row_TK, weights_TK, codes, scales, route_weight, values.stride(0),
+            value_scales.stride(0), weights_TK.stride(0), codes.stride(0), scales.stride(0), CHOICES=choices,
+            SLOTS=triton.next_power_of_2(choices), BLOCK=block, QUANTIZED=quantized, INTERPRET=INTERPRET,
         )  # fmt: skip
     return QuantizedRows(codes, scales), route_weight
 
@@ -119,7 +178,7 @@ def quantize_rows(x_TD: Tensor, weights_TK: Tensor, rows: ExpertRows) -> tuple[Q
 @triton.jit
 def _combine_kernel(
     y, rows, shared, output, hidden, stride_y, stride_shared, stride_output,
-    CHOICES: tl.constexpr, SHARED: tl.constexpr, BLOCK: tl.constexpr, INTERPRET: tl.constexpr,
+    CHOICES: tl.constexpr, SHARED: tl.constexpr, BLOCK: tl.constexpr, BF16: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -131,21 +190,24 @@ def _combine_kernel(
             total += tl.load(y + row * stride_y + column, mask=inside, other=0.0).to(tl.float32)
     if SHARED:
         total += tl.load(shared + token * stride_shared + column, mask=inside, other=0.0).to(tl.float32)
-        tl.store(output + token * stride_output + column, to_bf16(total, INTERPRET), mask=inside)
-    else:
-        tl.store(output + token * stride_output + column, total, mask=inside)
+    tl.store(output + token * stride_output + column, to_bf16(total, INTERPRET) if BF16 else total, mask=inside)
 
 
-def combine_rows(y_RD: Tensor, rows: ExpertRows, shared_TD: Tensor | None = None) -> Tensor:
-    """Sum of each token's rows in the order of its choices, float32 [T, D]; with the shared expert's output, bf16."""
+def combine_rows(
+    y_RD: Tensor, rows: ExpertRows, shared_TD: Tensor | None = None, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Sum of each token's rows in the order of its choices, [T, D] in `dtype`, float32 or bfloat16; with the shared
+    expert's output added, in that one's dtype. Rounded once."""
     (num_tokens, choices), hidden = rows.row_TK.shape, y_RD.shape[1]
-    dtype = torch.float32 if shared_TD is None else torch.bfloat16
+    if shared_TD is not None:
+        dtype = shared_TD.dtype
     output = torch.empty(num_tokens, hidden, dtype=dtype, device=y_RD.device)
     if num_tokens:
         block = min(1024, triton.next_power_of_2(hidden))
         shared = y_RD if shared_TD is None else shared_TD
         _combine_kernel[(num_tokens, triton.cdiv(hidden, block))](
             y_RD, rows.row_TK, shared, output, hidden, y_RD.stride(0), shared.stride(0), output.stride(0),
-            CHOICES=choices, SHARED=shared_TD is not None, BLOCK=block, INTERPRET=INTERPRET,
+            CHOICES=choices, SHARED=shared_TD is not None, BLOCK=block, BF16=dtype == torch.bfloat16,
+            INTERPRET=INTERPRET,
         )  # fmt: skip
     return output

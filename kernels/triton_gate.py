@@ -1,9 +1,9 @@
 """Expert choice from router logits (specification: kernels.moe.route_by_score_ref and route_by_token_ref).
 
-T tokens, E experts, K choices. score = sqrt(softplus(logit)), softplus as log1p(exp(g)) up to g = 20 and g above; the
-K largest of score + bias, ties to the lower expert, or the token's given experts; weights = score / sum of scores *
-scale, without the bias. The router's product stays a float32 matrix product outside. A warp a token, everything in
-registers; bound by latency.
+T tokens, V token ids, E experts, K choices. score = sqrt(softplus(logit)), softplus as log1p(exp(g)) up to g = 20 and g
+above; the K largest of score + bias, ties to the lower expert, or those given for the token's id; weights = score / sum
+of scores * scale, without the bias. The router's product stays a float32 matrix product outside. A warp a token,
+everything in registers; bound by latency.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ def _score(logits):
 
 @triton.jit
 def _pick_kernel(
-    logits, bias, given, experts, weights, num_experts, scale, stride_logits,
-    CHOICES: tl.constexpr, EXPERTS: tl.constexpr, GIVEN: tl.constexpr,
+    logits, bias, given, token_ids, real, experts, weights, num_experts, scale, nowhere, stride_logits,
+    CHOICES: tl.constexpr, EXPERTS: tl.constexpr, GIVEN: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     expert = tl.arange(0, EXPERTS)
@@ -36,16 +36,22 @@ def _pick_kernel(
     ranked = score
     if not GIVEN:
         ranked = tl.where(inside, score + tl.load(bias + expert, mask=inside, other=0.0), float("-inf"))
+    first = given
+    if GIVEN:
+        first = given + tl.load(token_ids + token).to(tl.int64) * CHOICES
     total = 0.0
     for choice in tl.static_range(CHOICES):
         if GIVEN:
-            picked = tl.load(given + token * CHOICES + choice).to(tl.int32)
+            picked = tl.load(first + choice).to(tl.int32)
         else:
             picked = tl.min(tl.where(ranked == tl.max(ranked, axis=0), expert, EXPERTS), axis=0)
             ranked = tl.where(expert == picked, float("-inf"), ranked)
         value = tl.sum(tl.where(expert == picked, score, 0.0), axis=0)
         total += value
-        tl.store(experts + token * CHOICES + choice, picked.to(tl.int64))
+        target = picked.to(tl.int64)
+        if PADDED:
+            target = tl.where(tl.load(real + token) != 0, target, nowhere)
+        tl.store(experts + token * CHOICES + choice, target)
         tl.store(weights + token * CHOICES + choice, value)
     tl.debug_barrier()
     slot = tl.arange(0, triton.next_power_of_2(CHOICES))
@@ -55,18 +61,22 @@ def _pick_kernel(
 
 
 def pick_experts(
-    logits_TE: Tensor, topk: int, scale: float, *, bias_E: Tensor | None = None, given_TK: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """logits float32 [T, E]; bias float32 [E] or given int [T, K] -> experts int64 [T, K], weights float32 [T, K]."""
-    if (bias_E is None) == (given_TK is None):
+    logits_TE: Tensor, topk: int, scale: float, *, bias_E: Tensor | None = None, given_VK: Tensor | None = None,
+    token_ids_T: Tensor | None = None, real_T: Tensor | None = None, nowhere: int = -1,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """logits float32 [T, E]; bias float32 [E], or given int [V, K] and token ids int [T]; real bool [T], None: all are
+    -> experts int64 [T, K], `nowhere` for rows that are not real, weights float32 [T, K]."""
+    if (bias_E is None) == (given_VK is None or token_ids_T is None):
         raise ValueError("experts are picked by score, with a bias, or given: exactly one of the two")
     num_tokens, num_experts = logits_TE.shape
     experts = torch.empty(num_tokens, topk, dtype=torch.int64, device=logits_TE.device)
     weights = torch.empty(num_tokens, topk, dtype=torch.float32, device=logits_TE.device)
     if num_tokens:
         _pick_kernel[(num_tokens,)](
-            logits_TE, bias_E if bias_E is not None else logits_TE, given_TK if given_TK is not None else experts,
-            experts, weights, num_experts, scale, logits_TE.stride(0), CHOICES=topk,
-            EXPERTS=triton.next_power_of_2(num_experts), GIVEN=given_TK is not None, num_warps=1,
+            logits_TE, logits_TE if bias_E is None else bias_E, experts if given_VK is None else given_VK,
+            experts if token_ids_T is None else token_ids_T, experts if real_T is None else real_T.view(torch.uint8),
+            experts, weights, num_experts, scale, nowhere, logits_TE.stride(0), CHOICES=topk,
+            EXPERTS=triton.next_power_of_2(num_experts), GIVEN=given_VK is not None, PADDED=real_T is not None,
+            num_warps=1,
         )  # fmt: skip
     return experts, weights

@@ -2,28 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from kernels.exchange_rows import QuantizedTokens
 from kernels.moe import route_by_score, route_by_token, routed_experts, swiglu
 from model.config import ModelConfig
 from model.context import ForwardContext
 from model.linear import ExpertBank, Linear, Numerics, Weight, WeightHolder
 from model.placement import LayerShare
 
-ExpertCompute = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""Tokens [U, D], experts [U, K], weights [U, K] -> float32 [U, D]: the sums over this rank's experts."""
+
+class ExpertCompute(Protocol):
+    """Sums over this rank's experts."""
+
+    def __call__(
+        self,
+        x_UD: Tensor | QuantizedTokens,
+        experts_UK: Tensor,
+        weights_UK: Tensor,
+        /,
+        dtype: torch.dtype = torch.float32,
+    ) -> Tensor:
+        """-> [U, D] in `dtype`."""
 
 
 class SentTokens(Protocol):
     """Tokens on their way to their experts."""
 
-    def through(self, compute: ExpertCompute) -> Tensor:
+    def through(self, compute: ExpertCompute, shared_TD: Tensor) -> Tensor:
         """Compute what arrives here, its own tokens and others', and collect the sums over all ranks for this rank's
-        tokens: float32 [T, D]."""
+        tokens, with the shared expert's output: [T, D] in that one's dtype, added in float32 and rounded once."""
 
 
 class ExpertParallel(Protocol):
@@ -50,7 +63,7 @@ class SharedExpert:
 
     def __call__(self, x_TD: Tensor) -> Tensor:
         gate, up = self.w13.split(x_TD)
-        return self.w2(swiglu(gate, up, self._limit))
+        return self.w2(swiglu(gate, up, self._limit, quantize=self.w2.codes is not None))
 
 
 class MixtureOfExperts:
@@ -90,43 +103,33 @@ class MixtureOfExperts:
                 yield f"{prefix}.experts.{expert}.{matrix}.weight", self.bank.holder(place, matrix)
 
     def __call__(self, x_TD: Tensor, context: ForwardContext) -> Tensor:
-        config = self._config
+        config, scale = self._config, self._config.routed_scaling_factor
+        # Padding goes to an expert that no rank holds, and reads no weights.
         if self.bias is not None:
             experts, weights = route_by_score(
-                x_TD, self.gate.value, self.bias.value, config.num_experts_per_tok, config.routed_scaling_factor
-            )
+                x_TD, self.gate.value, self.bias.value, config.num_experts_per_tok, scale, real_T=context.real_T,
+                nowhere=self._nowhere,
+            )  # fmt: skip
         else:
             assert self.tid2eid is not None
             experts, weights = route_by_token(
-                x_TD, self.gate.value, self.tid2eid.value, context.token_ids, config.routed_scaling_factor
-            )
-        if context.real_T is not None:
-            # An expert that no rank holds: padding reads no weights.
-            experts = experts.masked_fill(~context.real_T[:, None], self._nowhere)
+                x_TD, self.gate.value, self.tid2eid.value, context.token_ids, scale, real_T=context.real_T,
+                nowhere=self._nowhere,
+            )  # fmt: skip
         if self._counts is not None:
             chosen = experts.flatten()
             self._counts.index_add_(0, chosen, torch.ones_like(chosen))
         if self._places is not None:
             experts = self._places[experts]
 
-        def compute(x_UD: Tensor, experts_UK: Tensor, weights_UK: Tensor) -> Tensor:
-            local = self.bank.weights
-            return routed_experts(
-                x_UD,
-                experts_UK,
-                weights_UK,
-                local,
-                limit=config.swiglu_limit,
-                simulate=context.simulate,
-                num_experts=config.n_routed_experts,
-            )
-
+        compute = partial(
+            routed_experts,
+            local=self.bank.weights,
+            limit=config.swiglu_limit,
+            simulate=context.simulate,
+            num_experts=config.n_routed_experts,
+        )
         if self._parallel is None:
-            routed = compute(x_TD, experts, weights)
-            shared = self.shared(x_TD)
-        else:
-            sent = self._parallel.send(x_TD, experts, weights)
-            shared = self.shared(x_TD)
-            routed = sent.through(compute)
-        # One pass: the sum of float32 and the activation dtype, rounded once.
-        return torch.add(routed, shared, out=torch.empty_like(x_TD))
+            return compute(x_TD, experts, weights, shared_TD=self.shared(x_TD))
+        sent = self._parallel.send(x_TD, experts, weights)
+        return sent.through(compute, self.shared(x_TD))

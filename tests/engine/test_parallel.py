@@ -16,6 +16,7 @@ from engine.engine import Engine
 from engine.expert_exchange import ExpertExchange, parts_of
 from engine.head_exchange import HeadExchange
 from engine.loader import Sharing, load_rank
+from kernels.exchange_rows import QuantizedTokens
 from model.config import ModelConfig
 from model.placement import Placement
 from runtime.requests import SamplingParams, StepOutput, Submit
@@ -166,13 +167,16 @@ def test_a_token_gets_the_sum_over_the_experts_of_all_ranks(quantised, part_toke
         ).reshape(count, topk)
         weights = torch.randint(1, 5, (count, topk), generator=generator).float()
 
-        def compute(x_UD: torch.Tensor, experts_UK: torch.Tensor, weights_UK: torch.Tensor) -> torch.Tensor:
+        def compute(x_UD, experts_UK, weights_UK, dtype):
+            if isinstance(x_UD, QuantizedTokens):
+                x_UD = x_UD.values()
             mine = (experts_UK // 2 == rank.rank) & (experts_UK < num_experts)
             factor = (torch.where(mine, weights_UK * 2.0**experts_UK, 0.0)).sum(1, keepdim=True)
-            return x_UD * factor
+            return (x_UD * factor).to(dtype)
 
-        got = exchange.send(x, experts, weights).through(compute)
-        expected = x * (weights * 2.0**experts).sum(1, keepdim=True)
+        shared = torch.randint(-8, 9, (count, hidden), generator=generator).float()
+        got = exchange.send(x, experts, weights).through(compute, shared)
+        expected = x * (weights * 2.0**experts).sum(1, keepdim=True) + shared
         assert got.dtype == torch.float32
         assert torch.equal(got, expected)
 
@@ -185,14 +189,14 @@ def test_sums_do_not_depend_on_how_many_tokens_travel_together():
     seen: dict[int, list[torch.Tensor]] = {}
 
     def body(rank: Rank) -> None:
-        def compute(x_UD: torch.Tensor, _: torch.Tensor, __: torch.Tensor) -> torch.Tensor:
-            return x_UD * (0.1 + rank.rank / 3)
+        def compute(x_UD, _, __, dtype):
+            return (x_UD * (0.1 + rank.rank / 3)).to(dtype)
 
         for count in (7, 1, 3):
             rank.agree(count)
             exchange = ExpertExchange(rank.group, rank.lockstep, num_experts=8, quantised=False, part_tokens=100)
             routing = torch.zeros(count, 2)
-            sums = exchange.send(x[:count], routing.long(), routing).through(compute)
+            sums = exchange.send(x[:count], routing.long(), routing).through(compute, torch.zeros(count, hidden))
             if rank.rank == 0:
                 seen[count] = list(sums)
 

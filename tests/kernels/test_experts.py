@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from kernels import cuda_build
+from kernels.exchange_rows import RowFormat, pack_rows_ref, unpack_rows
 from kernels.gpu_experts import block_rows_for, fits_hopper, pack_bank, packed_down, packed_up, routed_experts_gpu
 from kernels.moe import ExpertWeights, routed_experts_ref, swiglu_ref
 from kernels.quantize import decode_e8m0, dequantize_fp4, quantize_fp8, simulate_fp8
@@ -35,13 +36,16 @@ def _routing(generator, device, tokens, topk, total):
 
 @pytest.mark.parametrize(("tokens", "topk", "total", "first", "local"), [
     (0, 2, 8, 0, 8), (1, 1, 4, 3, 1), (7, 2, 8, 2, 4), (700, 6, 256, 64, 64), (33, 6, 300, 5, 257),
+    (2731, 6, 256, 64, 64),
 ])  # fmt: skip
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 def test_every_local_choice_gets_its_own_row_among_its_experts(
     generator, device, tokens, topk, total, first, local, dtype
 ):
     experts, _ = _routing(generator, device, tokens, topk, total)
-    rows = sort_by_expert(experts.to(dtype), first, local)
+    apart = torch.full((tokens, topk + 3), first, dtype=dtype, device=device)
+    apart[:, :topk] = experts
+    rows = sort_by_expert(apart[:, :topk], first, local)
     mine = (experts >= first) & (experts < first + local)
     counts = torch.bincount(experts[mine] - first, minlength=local)
     assert torch.equal(rows.offsets_E, torch.cat((counts.new_zeros(1), counts.cumsum(0))).int())
@@ -67,23 +71,40 @@ def test_quantised_rows_are_the_released_codes_bit_for_bit(generator, device, to
         assert route[row] == weights[token, choice]
 
 
+@pytest.mark.parametrize(("tokens", "hidden"), [(0, 128), (5, 384), (9, 2048)])
+def test_tokens_that_arrive_quantised_become_the_same_rows(generator, device, tokens, hidden):
+    experts, weights = _routing(generator, device, tokens, 3, 6)
+    x = (100 * torch.randn(tokens, hidden, generator=generator, device=device)).bfloat16()
+    rows = sort_by_expert(experts, 1, 3)
+    layout = RowFormat(hidden, 3, torch.bfloat16, quantised=True)
+    arrived, _, arrived_weights = unpack_rows(pack_rows_ref(x, experts, weights, layout, tokens, 6), layout)
+    got, got_route = quantize_rows(arrived, arrived_weights, rows)
+    expected, route = quantize_rows(x, weights, rows)
+    used = int(rows.offsets_E[-1])
+    assert torch.equal(got.codes_RD[:used].view(torch.uint8), expected.codes_RD[:used].view(torch.uint8))
+    assert torch.equal(got.scales_GR[:, :used], expected.scales_GR[:, :used])
+    assert torch.equal(got_route[:used], route[:used])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize(("tokens", "hidden"), [(0, 128), (1, 130), (6, 1500)])
-def test_combining_sums_a_tokens_own_rows_and_no_others(generator, device, tokens, hidden, shared):
+def test_combining_sums_a_tokens_own_rows_and_no_others(generator, device, tokens, hidden, shared, dtype):
     experts, _ = _routing(generator, device, tokens, 3, 6)
     rows = sort_by_expert(experts, 2, 3)
     y = torch.full((max(1, tokens * 3), hidden), torch.nan, dtype=torch.bfloat16, device=device)
     used = int(rows.offsets_E[-1])
     y[:used] = torch.randn(used, hidden, generator=generator, device=device).bfloat16()
-    other = torch.randn(tokens, hidden, generator=generator, device=device).bfloat16() if shared else None
-    got = combine_rows(y, rows, other)
+    other = torch.randn(tokens, hidden, generator=generator, device=device).to(dtype) if shared else None
+    got = combine_rows(y, rows, other, dtype)
+    assert got.dtype == dtype
     expected = torch.zeros(tokens, hidden, device=device)
     for choice in range(3):
         row = rows.row_TK[:, choice].long()
         expected += torch.where((row >= 0)[:, None], y[row.clamp(min=0)].float(), 0.0)
     if other is not None:
-        expected = (expected + other.float()).bfloat16()
-    assert torch.equal(got, expected)
+        expected += other.float()
+    assert torch.equal(got, expected.to(dtype))
 
 
 def _relative(got, expected):

@@ -42,10 +42,26 @@ def test_given_experts_get_their_own_scores(generator, device):
     logits, router = _identity_case(generator, device, 7, 16)
     table = torch.randint(0, 16, (50, 3), generator=generator, device=device).int()
     ids = torch.randint(0, 50, (7,), generator=generator, device=device)
-    got, weights = pick_experts(logits, 3, 2.5, given_TK=table[ids])
+    got, weights = pick_experts(logits, 3, 2.5, given_VK=table, token_ids_T=ids)
     expected, expected_weights = route_by_token_ref(logits, router, table, ids, 2.5)
     assert torch.equal(got, expected)
     torch.testing.assert_close(weights, expected_weights, rtol=2e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_padding_goes_nowhere(generator, device, given):
+    logits, _ = _identity_case(generator, device, 6, 16)
+    real = torch.tensor([True, False, True, True, False, False], device=device)
+    how = (
+        {"given_VK": torch.randint(0, 16, (9, 3), generator=generator, device=device),
+         "token_ids_T": torch.randint(0, 9, (6,), generator=generator, device=device)}
+        if given else {"bias_E": torch.zeros(16, device=device)}
+    )  # fmt: skip
+    got, weights = pick_experts(logits, 3, 2.5, real_T=real, nowhere=16, **how)
+    everywhere, same = pick_experts(logits, 3, 2.5, **how)
+    assert torch.equal(got[real], everywhere[real])
+    assert (got[~real] == 16).all()
+    assert torch.equal(weights[real], same[real])
 
 
 def test_both_or_neither_way_of_choosing_is_refused(device):

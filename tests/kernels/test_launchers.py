@@ -11,6 +11,7 @@ from kernels import fp8_gemm, hyper_connection, moe
 from kernels.attention_inputs import attention_inputs
 from kernels.compressor import EntryTarget, compress_overlapping, compress_pending
 from kernels.dispatch import forced_triton
+from kernels.exchange_rows import QuantizedTokens, RowFormat, add_sums, pack_rows, unpack_rows
 from kernels.gpu_experts import routed_experts_gpu
 from kernels.hyper_connection import HyperSettings, HyperWeights, Mix
 from kernels.indexer import index_query, select_entries
@@ -19,6 +20,7 @@ from kernels.rms_norm import rms_norm
 from kernels.rope import rope, rope_angles
 from kernels.triton_fp8_gemm import fp8_gemm_triton
 from kernels.triton_hyper_connection import hyper_post_triton, hyper_pre_triton
+from kernels.triton_quantize import quantize_activations
 from kernels.window_ring import insert_window
 from tests.kernels.state_batches import batch, moved, pool, pool_copy
 
@@ -67,10 +69,11 @@ def test_routers_run_the_kernel_and_agree_with_their_twins(generator, device, on
     ids = torch.tensor([8, 0, 3, 3, 1], device=device)
     with on_gpu:
         scored = moe.route_by_score(x, gate, bias, 3, 1.5)
-        given = moe.route_by_token(x, gate, table, ids, 1.5)
+        given = moe.route_by_token(x, gate, table, ids, 1.5, real_T=ids < 5, nowhere=12)
+    twin = moe.route_by_token_ref(x, gate, table, ids, 1.5)
     for got, expected in (
         (scored, moe.route_by_score_ref(x, gate, bias, 3, 1.5)),
-        (given, moe.route_by_token_ref(x, gate, table, ids, 1.5)),
+        (given, (torch.where(ids[:, None] < 5, twin[0], 12), twin[1])),
     ):
         assert torch.equal(got[0], expected[0])
         torch.testing.assert_close(got[1], expected[1], rtol=1e-5, atol=1e-8)
@@ -93,6 +96,43 @@ def test_packed_experts_run_the_kernel_under_the_released_rounding_only(generato
     else:
         expected = moe.routed_experts_ref(x, experts, route, local, limit=10.0, simulate=False)
     assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("hidden", [128, 96])
+def test_experts_take_tokens_that_arrived_quantised_and_add_the_shared_one(generator, device, on_gpu, hidden):
+    """Hidden sizes that the kernels cannot take run the twin."""
+
+    def packed(rows, channels):
+        return quantize_fp4(torch.randn(2 * rows, channels, generator=generator, device=device) / 16, 32)
+
+    (w13, s13), (w2, s2) = packed(256, hidden), packed(hidden, 128)
+    local = moe.ExpertWeights(0, *(tensor.unflatten(0, (2, -1)) for tensor in (w13, w2, s13, s2)))
+    x = torch.randn(5, hidden, generator=generator, device=device).bfloat16()
+    experts = torch.tensor([[0, 1], [1, 0], [1, 3], [2, 3], [0, 3]], device=device)
+    route = torch.rand(5, 2, generator=generator, device=device)
+    shared = torch.randn(5, hidden, generator=generator, device=device).bfloat16()
+    layout = RowFormat(hidden, 2, torch.bfloat16, quantised=True)
+    with on_gpu:
+        arrived = unpack_rows(pack_rows(x, experts, route, layout, 6, 4), layout)
+        assert isinstance(arrived[0], QuantizedTokens)
+        sums = moe.routed_experts(*arrived, local, limit=10.0, simulate=True)
+        rounded = moe.routed_experts(*arrived, local, limit=10.0, simulate=True, dtype=torch.bfloat16)
+        together = moe.routed_experts(x, experts, route, local, limit=10.0, simulate=True, shared_TD=shared)
+        added = add_sums(sums[None], shared)
+    assert sums.dtype == torch.float32
+    assert torch.equal(rounded, sums.bfloat16())
+    assert torch.equal(together, added)
+    assert not sums[5].any()
+
+
+def test_a_quantised_swiglu_is_the_swiglu_quantised(generator, device, on_gpu):
+    gate, up = (20 * torch.randn(3, 384, generator=generator, device=device).bfloat16() for _ in range(2))
+    with on_gpu:
+        got = moe.swiglu(gate, up, 10.0, quantize=True)
+        expected = quantize_activations(moe.swiglu(gate, up, 10.0))
+        assert isinstance(moe.swiglu(gate[:, :96], up[:, :96], 10.0, quantize=True), torch.Tensor)
+    assert torch.equal(got.codes_RD.view(torch.uint8), expected.codes_RD.view(torch.uint8))
+    assert torch.equal(got.scales_GR[:, :3], expected.scales_GR[:, :3])
 
 
 def _twin_and_kernel(device, on_gpu, run):

@@ -44,6 +44,16 @@ def test_released_numerics_stay_near_the_plain_ones(config: ModelConfig) -> None
         assert similarity.median() > 0.97
 
 
+def test_an_output_projection_in_fp8_stays_near_the_released_one(config: ModelConfig) -> None:
+    logits = [
+        run(random_model(config, numerics="released", fp8_output=fp8), pools(config, "fp8", "mxfp4").views,
+            Request(0, [1]), TOKENS, [140])
+        for fp8 in (False, True)
+    ]  # fmt: skip
+    assert not torch.equal(*logits)
+    assert torch.nn.functional.cosine_similarity(*logits, dim=-1).median() > 0.97
+
+
 def test_bfloat16_stays_near_float32(config: ModelConfig) -> None:
     wide = run(random_model(config), pools(config).views, Request(0, [1]), TOKENS, [140])
     model = random_model(config, dtype=torch.bfloat16)
@@ -70,10 +80,10 @@ class LockstepRank:
         self.sent = (x, experts, weights)
         return self
 
-    def through(self, compute: ExpertCompute) -> Tensor:
+    def through(self, compute: ExpertCompute, shared: Tensor) -> Tensor:
         partial = compute(*self.sent)
         self.ranks.partials[self.rank].append(partial)
-        return partial
+        return partial + shared
 
 
 def load(model: Transformer, weights: dict[str, Tensor]) -> Transformer:
@@ -115,11 +125,11 @@ def test_a_rank_without_tokens_takes_part_in_every_exchange(config: ModelConfig)
             )
             return self
 
-        def through(self, compute: ExpertCompute) -> Tensor:
+        def through(self, compute: ExpertCompute, shared: Tensor) -> Tensor:
             self.calls.append("through")
             partial = compute(*self.arrived)
             assert partial[-3:].abs().max() > 0
-            return partial[:-3]
+            return partial[:-3] + shared
 
     peers = OthersTokens()
     model = random_model(config, expert_parallel=peers)
@@ -144,6 +154,7 @@ def test_logits_are_of_the_rows_asked_for(config: ModelConfig) -> None:
         ({"experts": range(3, 3)}, "contiguous"),
         ({"experts": range(4)}, "expert_parallel"),
         ({"packed_weights": True}, "packed_weights"),
+        ({"fp8_output": True}, "fp8_output"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(config: ModelConfig, options: dict[str, object], word: str) -> None:
