@@ -2,6 +2,7 @@
 
     python -m benchmarks.handoff [--rounds 15] [--tokens 1024 8192 65536] [--set max_read_bytes=1048576 ...]
     python -m benchmarks.handoff --device cuda --set transport=intra_node      # pools of both on one GPU
+    python -m benchmarks.handoff --device cuda:0 --from cuda:1 --set transport=intra_node              # or on two
 
 The claim waits for the prompt, as in service. "total" runs from the call that says that the prompt is done, in the
 prefill process, to the event that gives pages and slot to the decode process's engine: messages, reads, lease checks
@@ -67,6 +68,7 @@ class Rank:
         num_bytes = num_pages * layout.page_bytes + 2 * layout.slot_bytes
         self._memory = torch.full((num_bytes,), 7, dtype=torch.uint8, device=device)
         if self._memory.is_cuda:
+            torch.cuda.set_device(self._memory.device)
             torch.cuda.synchronize()
         base = self._memory.data_ptr()
         self.pages = MemoryRegion(base, layout.page_bytes, num_pages)
@@ -285,7 +287,8 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 8192, 65536])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="of the transfer configuration")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where the pools are")
+    parser.add_argument("--device", default="cpu", metavar="cpu|cuda[:N]", help="where the pools are")
+    parser.add_argument("--from", dest="source", metavar="DEVICE", help="where those of the prefill side are, if apart")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     settings = dict(pair.split("=", 1) for pair in options.set)
@@ -294,7 +297,8 @@ def main() -> int:
     if options.serve:
         serve(config, num_pages, options.device)
         return 0
-    source = Source([f"--tokens={max(options.tokens)}", f"--device={options.device}", "--set", *options.set])
+    theirs = options.source or options.device
+    source = Source([f"--tokens={max(options.tokens)}", f"--device={theirs}", "--set", *options.set])
     rank = Rank(config, num_pages, options.device)
     bench = Bench(config, rank, source)
     print(" tokens     pages       MB total ms reads ms   GB/s  bare ms   GB/s  best way  reads  total")

@@ -3,6 +3,7 @@
 import multiprocessing
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from typing import Any, Literal
@@ -128,8 +129,9 @@ class RankProcess:
         """Ask it to audit its pools and end; a rank that does not is killed."""
         try:
             if self._process.is_alive():
-                self._pipe.send(None)
-                self._receive(20)
+                with suppress(BrokenPipeError):  # it has ended with an error, which was shown
+                    self._pipe.send(None)
+                    self._receive(20)
         finally:
             self._pipe.close()
             self._process.join(10)

@@ -72,7 +72,9 @@ class Bench:
         for _ in range(50):
             self.reader.pump()
             self.reader.check_integrity()
-            await asyncio.sleep(0.002 if self.reader.num_in_flight and not self.engine.states else 0)
+            while self.reader.is_opening:
+                await asyncio.sleep(0.001)
+            await asyncio.sleep(0)
 
 
 @pytest.fixture
