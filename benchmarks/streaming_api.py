@@ -250,6 +250,7 @@ async def main(options: argparse.Namespace) -> None:
           f"{options.processes} API process(es)")  # fmt: skip
     heads = [f"{column:>{len(f'{0:{form}}')}}" for column, form in COLUMNS.items()]
     print(f"{'':>5} {' '.join(heads)}  keeps up")
+    usable = os.sched_getaffinity(0)
     api_cores, other_cores = cores()
     os.sched_setaffinity(0, api_cores)
     with process(bare_streams.serve, period_s, num_tokens) as (address, pids):
@@ -258,7 +259,9 @@ async def main(options: argparse.Namespace) -> None:
             show(
                 "bare", await measure(address, pids, "/v1/chat/completions", num_streams, num_tokens), options.period_ms
             )
+    os.sched_setaffinity(0, usable)  # the node divides the cores itself
     with process(serve, period_s, one_core=True, num_processes=options.processes) as (address, pids):
+        os.sched_setaffinity(0, other_cores)
         await measure(address, pids, path, 8, 20)
         for num_streams in options.streams:
             show("api", await measure(address, pids, path, num_streams, num_tokens), options.period_ms)
