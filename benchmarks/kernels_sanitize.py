@@ -1,15 +1,15 @@
 """The kernels' tests under NVIDIA's checkers, on a GPU: are all accesses inside, ordered, initialised?
 
-    python -m benchmarks.kernels_sanitize --tool memcheck --out DIR [--deadline-s 80] [--select EXPR] [FILE ...]
+    python -m benchmarks.kernels_sanitize --tool memcheck --out DIR [--deadline-s 80] [--pytest "-m gpu"] [TEST ...]
 
 memcheck    accesses outside of an allocation or misaligned; every tensor is an allocation of its own meanwhile
 racecheck   shared memory that two threads access without a barrier between
 initcheck   reads of device memory that nothing has written
 synccheck   barriers that not all threads reach that should
 
-Test files run side by side, as processes of their own, all of tests/kernels unless named; torch's own kernels are not
-checked, but for memory. What a file said is in DIR/TOOL-FILE.txt; a table of findings follows, and the exit code is 0
-if there were none and every file ended by itself.
+Tests run side by side, a process for each TEST: a file, FILE::TEST, or FILE::TEST[CASE]; all files of tests/kernels
+unless named. Kernels of other libraries are not checked, but for memory. What a process said is in DIR; a table of
+findings follows, and the exit code is 0 if there were none and every process ended by itself.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -36,9 +37,9 @@ FOUND = 86
 
 
 class Outcome(msgspec.Struct, frozen=True):
-    """What became of one file."""
+    """What became of one process."""
 
-    file: str
+    test: str
     exit_code: int | None
     """None: it was still running at the deadline."""
     took_s: float
@@ -52,27 +53,27 @@ class Outcome(msgspec.Struct, frozen=True):
         return self.exit_code == 0 and not self.errors
 
 
-def command(tool: str, file: str, select: str) -> list[str]:
+def command(tool: str, test: str, options: list[str]) -> list[str]:
     checker = ["compute-sanitizer", "--tool", tool, "--error-exitcode", str(FOUND), "--print-limit", "20"]
     checker += ["--target-processes", "all"]
     if tool != "memcheck":
         for part in NOT_OURS:
             checker += ["--kernel-regex-exclude", f"kns={part}"]
-    pytest = [sys.executable, "-m", "pytest", "-vv", "--tb=short", "-p", "no:cacheprovider", file]
-    return [*checker, *pytest, *(["-k", select] if select else [])]
+    return [*checker, sys.executable, "-m", "pytest", "-vv", "--tb=short", "-p", "no:cacheprovider", *options, test]
 
 
-def run(tool: str, file: str, select: str, out: Path, deadline: float) -> Outcome:
-    """A file waits for a free worker, so what is left of the deadline may be nothing."""
+def run(tool: str, test: str, options: list[str], out: Path, deadline: float) -> Outcome:
+    """It may have waited for a worker until nothing of the deadline is left."""
     began = time.monotonic()
-    log = out / f"{tool}-{Path(file).stem}.txt"
+    name = re.sub(r"\W+", "-", test.removeprefix("tests/kernels/"))
+    log = out / f"{tool}-{name.strip('-')}.txt"
     environment = dict(os.environ)
     if tool in ("memcheck", "initcheck"):
         # In torch's pool a tensor's neighbour is a valid address.
         environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
     code: int | None = None
     with log.open("wb") as stream:
-        call = command(tool, file, select)
+        call = command(tool, test, options)
         process = subprocess.Popen(
             call, stdout=stream, stderr=subprocess.STDOUT, env=environment, start_new_session=True
         )
@@ -81,14 +82,14 @@ def run(tool: str, file: str, select: str, out: Path, deadline: float) -> Outcom
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-    return outcome(file, code, time.monotonic() - began, log.read_text(errors="replace"))
+    return outcome(test, code, time.monotonic() - began, log.read_text(errors="replace"))
 
 
-def outcome(file: str, code: int | None, took_s: float, text: str) -> Outcome:
+def outcome(test: str, code: int | None, took_s: float, text: str) -> Outcome:
     summaries = [int(count) for count in re.findall(r"ERROR SUMMARY: (\d+) error", text)]
     hazards = [int(count) for count in re.findall(r"RACECHECK SUMMARY: (\d+) hazard", text)]
     return Outcome(
-        file=file,
+        test=test,
         exit_code=code,
         took_s=took_s,
         passed=text.count(" PASSED "),
@@ -99,30 +100,31 @@ def outcome(file: str, code: int | None, took_s: float, text: str) -> Outcome:
 
 def row(result: Outcome) -> str:
     ended = "cut off" if result.exit_code is None else f"exit {result.exit_code}"
-    return f"| {result.file} | {result.passed} | {result.failed} | {result.errors} | {ended} | {result.took_s:.1f} |"
+    return f"| {result.test} | {result.passed} | {result.failed} | {result.errors} | {ended} | {result.took_s:.1f} |"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("files", nargs="*", help="default: all of tests/kernels")
+    parser.add_argument("tests", nargs="*", help="default: all files of tests/kernels")
     parser.add_argument("--tool", choices=TOOLS, default="memcheck")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--jobs", type=int, default=8)
     parser.add_argument("--deadline-s", type=float, default=80.0)
-    parser.add_argument("--select", default="", metavar="EXPR", help="as pytest's -k")
+    parser.add_argument("--pytest", default="", metavar="OPTIONS", help="for every process")
     options = parser.parse_args()
     if shutil.which("compute-sanitizer") is None:
         print("compute-sanitizer is not installed: it is part of the CUDA toolkit", file=sys.stderr)
         return 2
     options.out.mkdir(parents=True, exist_ok=True)
-    files = options.files or [
+    tests = options.tests or [
         str(path) for path in sorted(Path("tests/kernels").glob("test_*.py")) if not path.name.startswith(NO_KERNELS)
     ]
     deadline = time.monotonic() + options.deadline_s
-    print(f"{options.tool}\n| file | passed | failed | errors | | s |\n|---|---|---|---|---|---|", flush=True)
+    print(f"{options.tool}\n| test | passed | failed | errors | | s |\n|---|---|---|---|---|---|", flush=True)
     results = []
     with ThreadPoolExecutor(options.jobs) as pool:
-        running = [pool.submit(run, options.tool, file, options.select, options.out, deadline) for file in files]
+        extra = shlex.split(options.pytest)
+        running = [pool.submit(run, options.tool, test, extra, options.out, deadline) for test in tests]
         for future in running:
             results.append(future.result())
             print(row(results[-1]), flush=True)
