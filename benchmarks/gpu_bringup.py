@@ -45,6 +45,7 @@ from benchmarks.gpu_rank import PAGE_TOKENS, Rank, build_rank, first_layers, gen
 from engine.activations import activation_bytes, probe_batch
 from engine.memory import PoolSizes
 from kernels import cuda_build
+from kernels.activations import Activations
 from kernels.moe import ExpertWeights
 from kernels.packed_experts import PackedBank, PackedExperts, gate_up_order, unpack_values
 from kernels.quantize import dequantize_fp4, dequantize_fp8_tiles
@@ -137,7 +138,7 @@ def compare_sublayers(config: ModelConfig, device: str, chunks: tuple[int, ...])
                 for rank, context in zip(ranks, contexts, strict=True):
                     sublayer = list(rank.model.layers[number].sublayers())[place][2]
                     with torch.inference_mode():
-                        moved = x.to(rank.device, rank.model.dtype)
+                        moved = Activations(x.to(rank.device, rank.model.dtype))
                         outputs.append(sublayer(moved, rank.state.layers[number], context))
                 errors = [relative(output, outputs[0]) for output in outputs[1:]]
                 key = f"layer {number} {config.layer_kind(number)} {name}"
@@ -164,7 +165,7 @@ def context_of(rank: Rank, batch: ForwardBatch) -> ForwardContext:
 
 def mirror(rank: Rank, dtype: torch.dtype) -> Rank:
     """The same weights dequantised on the CPU, with zeroed pools on both sides."""
-    model = Transformer(rank.config, dtype=dtype, numerics="released")
+    model = Transformer(rank.config, dtype=dtype, numerics="released", fp8_output=rank.model.fp8_output)
     for name in ("embed", "norm", "hc_head"):
         copy_weights(getattr(model, name), getattr(rank.model, name))
     model.head.value = rank.model.head.value.cpu().float()

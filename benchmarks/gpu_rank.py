@@ -140,6 +140,7 @@ def build_rank(config: ModelConfig, sizes: PoolSizes, device: str, *, ranks: int
     local = config.n_routed_experts // ranks
     model = Transformer(
         config, dtype=torch.bfloat16, numerics="released", experts=range(local), device=device, packed_weights=packed,
+        fp8_output=packed,
         expert_parallel=Repeated(ranks, config.n_routed_experts, device) if ranks > 1 else None,
     )  # fmt: skip
     load_dummy_weights(model, config, seed=0)

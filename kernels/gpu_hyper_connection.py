@@ -12,34 +12,17 @@ import torch
 from torch import Tensor
 
 from kernels import cuda_build
-from kernels.hyper_connection import HyperSettings, HyperWeights, Mix
-from kernels.triton_quantize import QuantizedRows, scale_stride
+from kernels.activations import Activations
+from kernels.hyper_connection import HyperSettings, HyperWeights, Mix, MixLogits
+from kernels.quantize import QuantizedRows
+from kernels.triton_quantize import scale_stride
 
 STREAMS, MIXES = 4, 24
+LOGITS = MIXES - STREAMS
 GROUP = 128
 """Channels that share a scale."""
-_TILES = ((128, 1), (256, 2))
-"""(most tokens, tiles of eight a cluster takes); beyond, three, the most of which two CTAs fit a multiprocessor."""
-
-
-class Seam:
-    """What one launch makes."""
-
-    def __init__(self, streams: Tensor, quantize: bool) -> None:
-        """streams [T, 4, D]: decides shapes and device."""
-        num_tokens, _, hidden = streams.shape
-        device = streams.device
-        self.inputs = torch.empty(num_tokens, hidden, dtype=streams.dtype, device=device)
-        self.mix = Mix(
-            torch.empty(num_tokens, STREAMS, dtype=torch.float32, device=device),
-            torch.empty(num_tokens, STREAMS, STREAMS, dtype=torch.float32, device=device),
-        )
-        self.quantized: QuantizedRows | None = None
-        if quantize:
-            self.quantized = QuantizedRows(
-                torch.empty(num_tokens, hidden, dtype=torch.float8_e4m3fn, device=device),
-                torch.empty(hidden // GROUP, scale_stride(num_tokens), dtype=torch.float32, device=device),
-            )
+FEW_TOKENS = 128
+"""Up to here a cluster takes eight tokens, beyond sixteen: then fn is read half as often."""
 
 
 def fits(streams: Tensor, weights: HyperWeights) -> bool:
@@ -84,34 +67,40 @@ def _packed_rows(fn: Tensor) -> Tensor:
 
 
 def tiles_for(num_tokens: int) -> int:
-    """Tiles of eight tokens that a cluster takes: few, until every multiprocessor has work. Changes speed only."""
-    return next((tiles for most, tiles in _TILES if num_tokens <= most), 3)
+    """Tiles of eight tokens that a cluster takes. Changes speed only."""
+    return 1 if num_tokens <= FEW_TOKENS else 2
 
 
 def _launch(
-    seam: Seam,
     output: Tensor | None,
     streams: Tensor,
-    mix: Mix | None,
+    mix: MixLogits | None,
     new: Tensor | None,
     weights: HyperWeights,
     norm_weight: Tensor,
     settings: HyperSettings,
+    quantize: bool,
     tiles: int | None,
-) -> None:
+) -> tuple[Activations, MixLogits]:
     library = cuda_build.load("hyper_seam")
-    num_tokens, _, hidden = streams.shape
-    codes, scales = seam.quantized if seam.quantized is not None else (None, None)
+    (num_tokens, _, hidden), device = streams.shape, streams.device
+    inputs = torch.empty(num_tokens, hidden, dtype=streams.dtype, device=device)
+    following = torch.empty(num_tokens, LOGITS, dtype=torch.float32, device=device)
+    codes = scales = quantized = None
+    if quantize:
+        codes = torch.empty(num_tokens, hidden, dtype=torch.float8_e4m3fn, device=device)
+        scales = torch.empty(hidden // GROUP, scale_stride(num_tokens), dtype=torch.float32, device=device)
+        quantized = QuantizedRows(codes, scales)
     at = cuda_build.address
     error = library.hyper_seam(
-        at(output), at(streams), at(mix.post_TS if mix else None), at(mix.comb_TSS if mix else None),
-        at(_packed_rows(weights.fn)), at(weights.scale), at(weights.base), at(norm_weight), at(new), at(seam.inputs),
-        at(codes), at(scales), at(seam.mix.post_TS), at(seam.mix.comb_TSS),
+        at(output), at(streams), at(mix.values if mix else None), at(_packed_rows(weights.fn)), at(weights.scale),
+        at(weights.base), at(norm_weight), at(new), at(inputs), at(codes), at(scales), at(following),
         c_int64(0 if scales is None else scales.stride(0)), num_tokens, hidden, settings.iterations,
         c_float(settings.hc_eps), c_float(settings.norm_eps), tiles or tiles_for(num_tokens),
-        cuda_build.stream(streams.device),
+        cuda_build.stream(device),
     )  # fmt: skip
     cuda_build.check(error, f"hyper_seam({num_tokens} tokens of {hidden} channels)")
+    return Activations(inputs, quantized), MixLogits(following)
 
 
 def hyper_pre_gpu(
@@ -122,25 +111,37 @@ def hyper_pre_gpu(
     *,
     quantize: bool = False,
     tiles: int | None = None,
-) -> Seam:
-    """kernels.hyper_connection.hyper_pre; with `quantize` also the input's e4m3 rows."""
-    seam = Seam(streams, quantize)
-    _launch(seam, None, streams, None, None, weights, norm_weight, settings, tiles)
-    return seam
+) -> tuple[Activations, MixLogits]:
+    """kernels.hyper_connection.hyper_pre."""
+    return _launch(None, streams, None, None, weights, norm_weight, settings, quantize, tiles)
 
 
 def hyper_post_pre_gpu(
     output: Tensor,
     streams: Tensor,
-    mix: Mix,
+    mix: MixLogits,
     weights: HyperWeights,
     norm_weight: Tensor,
     settings: HyperSettings,
     *,
     quantize: bool = False,
     tiles: int | None = None,
-) -> tuple[Tensor, Seam]:
-    """kernels.hyper_connection.hyper_post_pre; with `quantize` also the input's e4m3 rows."""
-    seam, new = Seam(streams, quantize), torch.empty_like(streams)
-    _launch(seam, output.contiguous(), streams, mix, new, weights, norm_weight, settings, tiles)
-    return new, seam
+) -> tuple[Tensor, Activations, MixLogits]:
+    """kernels.hyper_connection.hyper_post_pre."""
+    new = torch.empty_like(streams)
+    inputs, following = _launch(output.contiguous(), streams, mix, new, weights, norm_weight, settings, quantize, tiles)
+    return new, inputs, following
+
+
+def mix_of_logits(mix: MixLogits, settings: HyperSettings) -> Mix:
+    """Gates and Sinkhorn, for whoever writes back without a seam."""
+    num_tokens, device = mix.values.shape[0], mix.values.device
+    post = torch.empty(num_tokens, STREAMS, dtype=torch.float32, device=device)
+    comb = torch.empty(num_tokens, STREAMS, STREAMS, dtype=torch.float32, device=device)
+    at = cuda_build.address
+    error = cuda_build.load("hyper_seam").hyper_mix_of_logits(
+        at(mix.values), at(post), at(comb), num_tokens, settings.iterations, c_float(settings.hc_eps),
+        cuda_build.stream(device),
+    )  # fmt: skip
+    cuda_build.check(error, f"hyper_mix_of_logits({num_tokens} tokens)")
+    return Mix(post, comb)

@@ -22,6 +22,7 @@ import numpy
 import torch
 from torch import Tensor
 
+from kernels.activations import Activations
 from kernels.dispatch import use_triton
 from kernels.rms_norm import inverse_rms, rms_norm_ref
 from kernels.row_linear import row_linear
@@ -49,6 +50,13 @@ class Mix(NamedTuple):
 
     post_TS: Tensor
     comb_TSS: Tensor
+
+
+class MixLogits(NamedTuple):
+    """The same before its gates and Sinkhorn, as the Hopper kernel leaves it to the next seam."""
+
+    values: Tensor
+    """float32 [T, S + S S]: b, then c."""
 
 
 def sinkhorn_ref(logits_TSS: Tensor, iterations: int, eps: float) -> Tensor:
@@ -134,17 +142,33 @@ def _fits_triton(streams: Tensor) -> bool:
     return bool(fits) and use_triton(streams)
 
 
+def _fits_hopper(streams: Tensor, weights: HyperWeights) -> bool:
+    """One launch for all of it."""
+    if not streams.is_cuda:
+        return False
+    from kernels.gpu_hyper_connection import fits
+
+    return fits(streams, weights)
+
+
 def hyper_pre(
-    streams: Tensor, weights: HyperWeights, norm_weight: Tensor, settings: HyperSettings
-) -> tuple[Tensor, Mix]:
+    streams: Tensor, weights: HyperWeights, norm_weight: Tensor, settings: HyperSettings, *, quantize: bool = False
+) -> tuple[Activations, Mix | MixLogits]:
+    """quantize: make the input's e4m3 form too, where that costs little; others leave it to the products."""
     if _fits_triton(streams):
         from kernels.triton_hyper_connection import hyper_pre_triton
 
-        return hyper_pre_triton(streams, weights, norm_weight, settings)
-    return hyper_pre_ref(streams, weights, norm_weight, settings)
+        inputs, mix = hyper_pre_triton(streams, weights, norm_weight, settings)
+    else:
+        inputs, mix = hyper_pre_ref(streams, weights, norm_weight, settings)
+    return Activations(inputs), mix
 
 
-def hyper_post(output: Tensor, streams: Tensor, mix: Mix) -> Tensor:
+def hyper_post(output: Tensor, streams: Tensor, mix: Mix | MixLogits, settings: HyperSettings) -> Tensor:
+    if isinstance(mix, MixLogits):
+        from kernels.gpu_hyper_connection import mix_of_logits
+
+        mix = mix_of_logits(mix, settings)
     if _fits_triton(streams):
         from kernels.triton_hyper_connection import hyper_post_triton
 
@@ -155,15 +179,21 @@ def hyper_post(output: Tensor, streams: Tensor, mix: Mix) -> Tensor:
 def hyper_post_pre(
     output: Tensor,
     streams: Tensor,
-    mix: Mix,
+    mix: Mix | MixLogits,
     weights: HyperWeights,
     norm_weight: Tensor,
     settings: HyperSettings,
-) -> tuple[Tensor, Tensor, Mix]:
-    """The seam between two sublayers: writes one's output back and reads the next one's input.
+    *,
+    quantize: bool = False,
+) -> tuple[Tensor, Activations, Mix | MixLogits]:
+    """The seam between two sublayers: writes one's output back and reads the next one's input; `quantize` as above.
 
     -> (streams, normed input, mix of the next sublayer)."""
-    streams = hyper_post(output, streams, mix)
+    if isinstance(mix, MixLogits):
+        from kernels.gpu_hyper_connection import hyper_post_pre_gpu
+
+        return hyper_post_pre_gpu(output, streams, mix, weights, norm_weight, settings, quantize=quantize)
+    streams = hyper_post(output, streams, mix, settings)
     inputs, following = hyper_pre(streams, weights, norm_weight, settings)
     return streams, inputs, following
 

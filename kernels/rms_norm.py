@@ -11,6 +11,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from kernels.activations import Activations
 from kernels.dispatch import use_triton
 
 
@@ -40,3 +41,12 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
 
         return rms_norm_triton(x, weight, eps)
     return rms_norm_ref(x, weight, eps)
+
+
+def rms_norm_activations(x_TD: Tensor, weight: Tensor | None, eps: float, *, quantize: bool) -> Activations:
+    """rms_norm of [T, D]; with `quantize` also its e4m3 form, where that costs no pass of its own."""
+    if quantize and use_triton(x_TD):
+        from kernels.triton_norm import rms_norm_quantized_triton
+
+        return rms_norm_quantized_triton(x_TD, weight, eps)
+    return Activations(rms_norm(x_TD, weight, eps))

@@ -27,6 +27,7 @@ FEW_ROWS = 64
 MAX_SPLIT = 16
 MAX_COUNTERS = 1 << 16
 """Tiles of one split product; splitting is pointless long before."""
+MAX_STREAMS = 16
 
 
 @triton.jit
@@ -109,9 +110,18 @@ def _many_rows_kernel(
 
 
 @lru_cache(maxsize=8)
+def _all_counters(device: torch.device) -> Tensor:
+    return torch.zeros(MAX_STREAMS, MAX_COUNTERS, dtype=torch.int32, device=device)
+
+
+_streams: dict[int, int] = {}
+
+
 def _counters(device: torch.device) -> Tensor:
-    """Arrival counters of split products: zero between launches, because the last arrival resets its own."""
-    return torch.zeros(MAX_COUNTERS, dtype=torch.int32, device=device)
+    """Arrival counters of split products: zero between launches, because the last arrival resets its own. Launches on
+    different streams may run at the same time and have different ones."""
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    return _all_counters(device)[_streams.setdefault(stream, len(_streams) % MAX_STREAMS)]
 
 
 @lru_cache(maxsize=8)

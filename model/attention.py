@@ -7,8 +7,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from kernels.activations import Activations
 from kernels.attention_inputs import attention_inputs
-from kernels.rms_norm import rms_norm
+from kernels.rms_norm import rms_norm_activations
 from kernels.sparse_attention import sparse_attention
 from kernels.window_ring import insert_window
 from model.compressor import OverlapCompressor, PendingCompressor
@@ -23,7 +24,7 @@ class Attention:
     """Multi-query attention over one shared key-value vector per token, with a low-rank grouped output."""
 
     def __init__(self, config: ModelConfig, layer: int, frequencies: Tensor, numerics: Numerics) -> None:
-        self._config, self._frequencies = config, frequencies
+        self._config, self._frequencies, self._quantize = config, frequencies, numerics.packed
         self._ratio = config.compress_ratios[layer]
         self._scale = config.head_dim**-0.5
         heads, dim, rank = config.num_attention_heads, config.head_dim, config.q_lora_rank
@@ -62,18 +63,27 @@ class Attention:
         if self.indexer is not None:
             yield from self.indexer.holders(f"{prefix}.indexer")
 
-    def __call__(self, x_TD: Tensor, state: LayerState, context: ForwardContext) -> Tensor:
-        config, index = self._config, context.index
+    def __call__(self, x: Activations, state: LayerState, context: ForwardContext) -> Tensor:
+        config, index, branch = self._config, context.index, context.branch
         angles = context.angles(self._frequencies)
-        latent, row = self.wq_a_wkv.split(x_TD)
-        latent = rms_norm(latent, self.q_norm.value, config.rms_norm_eps)
-        query = self.wq_b(latent).unflatten(-1, (config.num_attention_heads, config.head_dim))
+        projected: tuple[Tensor, ...] = ()
+        if self.projections is not None:
+            branch.fork()
+            with branch:
+                projected = self._compress(self.projections, x.plain, state, context)
+        latent, row = self.wq_a_wkv.split(x.for_fp8)
+        normed = rms_norm_activations(latent, self.q_norm.value, config.rms_norm_eps, quantize=self._quantize)
+        selected: Tensor | None = None
+        if self.indexer is not None:
+            branch.fork()
+            with branch:
+                selected = self.indexer(x.plain, normed, projected, state, context)
+        query = self.wq_b(normed.for_fp8).unflatten(-1, (config.num_attention_heads, config.head_dim))
         query, chunk = attention_inputs(
             query, row, self.kv_norm.value, angles, config.rms_norm_eps, state.window, index, simulate=context.simulate
         )
-
         # An entry closed by a token of this pass is visible to that token: state first, then attention.
-        selected = self._compress(x_TD, latent, state, context)
+        branch.join()
         output = sparse_attention(
             query, chunk, state.window, self.attn_sink.value, index, self._scale, state.entries, selected, self._ratio
         )
@@ -82,17 +92,17 @@ class Attention:
             insert_window(chunk, state.window, index)
         return self.wo_b(self.wo_a.from_heads(output, angles))
 
-    def _compress(self, x_TD: Tensor, latent_TR: Tensor, state: LayerState, context: ForwardContext) -> Tensor | None:
-        """Advances the layer's compressed state; -> the entries each token attends to, None = all it can see."""
-        if self.projections is None:
-            return None
-        projected = self.projections(x_TD)
+    def _compress(
+        self, projections: StackedWeight, x_TD: Tensor, state: LayerState, context: ForwardContext
+    ) -> tuple[Tensor, ...]:
+        """Advances the layer's entries; -> what the compressors' matrices made of the input."""
+        projected = projections(x_TD)
         assert state.entries is not None
-        if self.overlap_compressor is not None and self.indexer is not None:
+        if self.overlap_compressor is not None:
             assert state.compressor is not None
             self.overlap_compressor(projected, state.compressor, state.entries, context)
-            return self.indexer(x_TD, latent_TR, projected, state, context)
-        assert self.pending_compressor is not None
-        assert state.pending is not None
-        self.pending_compressor(projected, state.pending, state.entries, context)
-        return None
+        else:
+            assert self.pending_compressor is not None
+            assert state.pending is not None
+            self.pending_compressor(projected, state.pending, state.entries, context)
+        return projected

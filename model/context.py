@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kernels.batch_index import BatchIndex
 from kernels.rope import rope_angles
+from model.branch import IN_TURN, Branch
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -21,6 +22,8 @@ class ForwardContext:
     simulate: bool
     real_T: Tensor | None = None
     """bool: not padding; None: no token is."""
+    branch: Branch = IN_TURN
+    """For what may run beside the rest of a sublayer."""
 
     def angles(self, frequencies: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin [T, R / 2] of the new tokens; `frequencies` is one of the model's few tables."""

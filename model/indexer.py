@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
+from kernels.activations import Activations
 from kernels.indexer import index_query, select_entries
 from kernels.row_linear import row_linear
 from model.compressor import OverlapCompressor
@@ -35,7 +36,7 @@ class Indexer:
     def __call__(
         self,
         x_TD: Tensor,
-        latent_TR: Tensor,
+        latent: Activations,
         projected: tuple[Tensor, ...],
         state: LayerState,
         context: ForwardContext,
@@ -44,7 +45,7 @@ class Indexer:
         assert state.index_keys is not None
         assert state.index_compressor is not None
         self.compressor(projected, state.index_compressor, state.index_keys, context)
-        query = self.wq_b(latent_TR).unflatten(-1, (self._heads, self._dim))
+        query = self.wq_b(latent.for_fp8).unflatten(-1, (self._heads, self._dim))
         query = index_query(query, context.angles(self._frequencies), state.index_keys, simulate=context.simulate)
         weights = row_linear(x_TD, self.weights_proj.value).float() * (self._dim * self._heads) ** -0.5
         return select_entries(query, weights, state.index_keys, context.index, CSA_RATIO, self._topk)

@@ -138,7 +138,7 @@ class Linear:
         assert isinstance(x, Tensor)
         return row_linear(simulate_fp8(x, QUANT_TILE) if self._numerics.simulate else x, self.weight)
 
-    def split(self, x: Tensor) -> tuple[Tensor, ...]:
+    def split(self, x: Tensor | QuantizedRows) -> tuple[Tensor, ...]:
         """-> one output per stacked weight."""
         parts: tuple[Tensor, ...] = self(x).split(self._parts, -1)
         return parts

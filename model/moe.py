@@ -9,8 +9,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from kernels.activations import Activations
 from kernels.exchange_rows import QuantizedTokens
 from kernels.moe import route_by_score, route_by_token, routed_experts, swiglu
+from kernels.quantize import QuantizedRows
 from model.config import ModelConfig
 from model.context import ForwardContext
 from model.linear import ExpertBank, Linear, Numerics, Weight, WeightHolder
@@ -61,7 +63,7 @@ class SharedExpert:
         yield f"{prefix}.w2.weight", self.w2.part()
         yield f"{prefix}.w3.weight", self.w13.part(1)
 
-    def __call__(self, x_TD: Tensor) -> Tensor:
+    def __call__(self, x_TD: Tensor | QuantizedRows) -> Tensor:
         gate, up = self.w13.split(x_TD)
         return self.w2(swiglu(gate, up, self._limit, quantize=self.w2.codes is not None))
 
@@ -102,8 +104,9 @@ class MixtureOfExperts:
             for matrix in ("w1", "w2", "w3"):
                 yield f"{prefix}.experts.{expert}.{matrix}.weight", self.bank.holder(place, matrix)
 
-    def __call__(self, x_TD: Tensor, context: ForwardContext) -> Tensor:
-        config, scale = self._config, self._config.routed_scaling_factor
+    def __call__(self, x: Activations, context: ForwardContext) -> Tensor:
+        config, scale, x_TD = self._config, self._config.routed_scaling_factor, x.plain
+        context.branch.fork()
         # Padding goes to an expert that no rank holds, and reads no weights.
         if self.bias is not None:
             experts, weights = route_by_score(
@@ -129,7 +132,10 @@ class MixtureOfExperts:
             simulate=context.simulate,
             num_experts=config.n_routed_experts,
         )
-        if self._parallel is None:
-            return compute(x_TD, experts, weights, shared_TD=self.shared(x_TD))
-        sent = self._parallel.send(x_TD, experts, weights)
-        return sent.through(compute, self.shared(x_TD))
+        sent = None if self._parallel is None else self._parallel.send(x_TD, experts, weights)
+        with context.branch:
+            shared = self.shared(x.for_fp8)
+        context.branch.join()
+        if sent is None:
+            return compute(x_TD, experts, weights, shared_TD=shared)
+        return sent.through(compute, shared)

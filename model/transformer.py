@@ -8,10 +8,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from kernels.hyper_connection import HyperSettings, Mix, hyper_head, hyper_post, hyper_post_pre, hyper_pre
+from kernels.activations import Activations
+from kernels.hyper_connection import HyperSettings, Mix, MixLogits, hyper_head, hyper_post, hyper_post_pre, hyper_pre
 from kernels.rms_norm import rms_norm
 from model.attention import Attention
 from model.batch import ForwardBatch
+from model.branch import IN_TURN
 from model.config import ModelConfig
 from model.context import ForwardContext
 from model.hyper_connection import HyperConnection
@@ -58,7 +60,7 @@ class DecoderLayer:
         yield self.hc_ffn, self.ffn_norm, lambda x, state, context: self.ffn(x, context)
 
 
-Sublayer = Callable[[Tensor, LayerState, ForwardContext], Tensor]
+Sublayer = Callable[[Activations, LayerState, ForwardContext], Tensor]
 
 
 class Transformer:
@@ -109,6 +111,8 @@ class Transformer:
         self.device = torch.device(device)
         self.fp8_output = fp8_output
         self._simulate = numerics == "released"
+        self._packed = packed_weights
+        self._branch = IN_TURN
         self._hyper = HyperSettings(config.hc_sinkhorn_iters, config.hc_eps, config.rms_norm_eps)
         how = Numerics(dtype, self._simulate, packed_weights, self.device, fp8_output)
         self.embed = Weight(dtype, how)
@@ -168,6 +172,8 @@ class Transformer:
             dtype=self.dtype,
             simulate=self._simulate,
             real_T=None if batch.spare_slot is None else batch.slot_ids != batch.spare_slot,
+            # The kernels of a chunk fill a GPU one by one.
+            branch=self._branch if batch.one_token_each else IN_TURN,
         )
         streams = self._backbone(batch.token_ids, state, context)[batch.logits_rows]
         collapsed = hyper_head(streams, self.hc_head.weights, self._hyper)
@@ -180,17 +186,20 @@ class Transformer:
 
     def _backbone(self, token_ids: Tensor, state: StateViews, context: ForwardContext) -> Tensor:
         """-> streams [T, S, D] after the last layer."""
-        config = self.config
+        config, settings = self.config, self._hyper
         streams = self.embed.value[token_ids][:, None].expand(-1, config.hc_mult, -1).contiguous()
         output: Tensor | None = None
-        mix: Mix | None = None
+        mix: Mix | MixLogits | None = None
         for layer, layer_state in zip(self.layers, state.layers[: config.num_hidden_layers], strict=True):
             for connection, norm, sublayer in layer.sublayers():
+                weights = connection.weights
                 if output is None or mix is None:
-                    x, mix = hyper_pre(streams, connection.weights, norm.value, self._hyper)
+                    x, mix = hyper_pre(streams, weights, norm.value, settings, quantize=self._packed)
                 else:
-                    streams, x, mix = hyper_post_pre(output, streams, mix, connection.weights, norm.value, self._hyper)
+                    streams, x, mix = hyper_post_pre(
+                        output, streams, mix, weights, norm.value, settings, quantize=self._packed
+                    )
                 output = sublayer(x, layer_state, context)
         assert output is not None
         assert mix is not None
-        return hyper_post(output, streams, mix)
+        return hyper_post(output, streams, mix, settings)

@@ -3,10 +3,11 @@
 //
 // A cluster of eight CTAs takes 8 NT tokens, each CTA an eighth of the channels of all four streams, which stay in shared
 // memory from the first read to the last use: device memory sees every operand once. The product with the 24 rows of fn runs
-// on the tensor cores, fn as two bf16 halves whose products add up in one thread. A thread owns 8 channels of one token in
-// exactly the places where the product wants them, so only the sums of a token cross threads: over the warps of a CTA, over the
-// CTAs through distributed shared memory, always in the same order. A token's results do not depend on the other tokens.
-// Sinkhorn, which only the end of the next sublayer needs, runs while the cluster agrees on the norm.
+// on the tensor cores, fn as two bf16 halves whose products add up in one thread; so do the square sums. A thread owns 8
+// channels of one token in exactly the places where the products want them, so only the sums of a token cross threads: over
+// the warps of a CTA, over the CTAs through distributed shared memory, always in the same order. A token's results do not
+// depend on the other tokens. How the sublayer's output will go back leaves as logits; the next seam runs Sinkhorn on them
+// while its streams are on their way from memory.
 // Bound by memory: 20 bytes a channel and token. fn is read from L2 once per cluster.
 
 #include <cuda_bf16.h>
@@ -16,20 +17,22 @@
 
 namespace {
 
-constexpr int kRanks = 8, kWarps = 4, kThreads = 32 * kWarps;
+constexpr int kRanks = 8, kWarps = 8, kThreads = 32 * kWarps;
 constexpr int kStreams = 4, kMixes = 24, kSquare = kMixes;  // column behind the mixes: the square sum
+constexpr int kLogits = kMixes - kStreams;                 // of a token: post [4], comb [4 from][4 to]
 constexpr int kColumns = 28;                                // of a row of sums; padded so that rows fall into other banks
-constexpr int kCoefficients = 20;                           // of a token: post [4], comb [4][4]
-constexpr int kBlocks = 4;                                  // of 32 channels, in a group of 128
+constexpr int kCoefficients = 36;                           // of a token: for each new stream its 5 weights in 8 places; padded
+constexpr int kBlock = 32, kMostBlocks = 32;                // channels a warp takes together; blocks of a CTA
+constexpr int kOutput = kStreams;                           // the output's slot behind those of the streams
 
 struct Arguments {
   const __nv_bfloat16 *output, *streams;
-  const float *post, *comb;
+  const float* mix;  // logits
   const uint4* fn;
   const float *scale, *base, *norm;
   __nv_bfloat16 *new_streams, *inputs;
   uint8_t* codes;  // may be null: no e4m3 rows wanted
-  float *code_scales, *new_post, *new_comb;
+  float *code_scales, *new_mix;
   int64_t scale_stride;
   int num_tokens, hidden, iterations;
   float hc_eps, norm_eps;
@@ -99,13 +102,14 @@ __device__ __forceinline__ uint32_t pack(float a, float b) {
 
 __device__ __forceinline__ float sigmoid(float x) { return __fdividef(1.0f, 1.0f + __expf(-fmaxf(x, -87.0f))); }
 
-__device__ __forceinline__ float sum_of_quad(float value) {
-  value += __shfl_xor_sync(~0u, value, 1);
-  return value + __shfl_xor_sync(~0u, value, 2);
+__device__ __forceinline__ float reciprocal(float x) {
+  float result;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
 }
 
 __device__ __forceinline__ void normalise(float& a, float& b, float& c, float& d, float eps) {
-  const float inverse = __fdividef(1.0f, a + b + c + d + eps);
+  const float inverse = reciprocal((a + b) + ((c + d) + eps));
   a *= inverse, b *= inverse, c *= inverse, d *= inverse;
 }
 
@@ -117,7 +121,7 @@ __device__ __forceinline__ void sinkhorn(float (&m)[16], int iterations, float e
     float sum = 0.0f;
 #pragma unroll
     for (int column = 0; column < 4; ++column) sum += m[row + column] = __expf(m[row + column] - top);
-    const float inverse = __fdividef(1.0f, sum);
+    const float inverse = reciprocal(sum);
 #pragma unroll
     for (int column = 0; column < 4; ++column) m[row + column] = m[row + column] * inverse + eps;
   }
@@ -131,9 +135,9 @@ __device__ __forceinline__ void sinkhorn(float (&m)[16], int iterations, float e
   }
 }
 
-// Shared memory behind the slots of the streams.
+// Shared memory before the slots of the streams.
 template <int NT>
-struct Sums {
+struct alignas(16) Sums {
   float coefficients[8 * NT][kCoefficients];
   float of_warp[kWarps][8 * NT][kColumns];
   float of_rank[8 * NT][kColumns];  // read by the whole cluster
@@ -141,143 +145,136 @@ struct Sums {
   float square_of_rank[8 * NT];  // read by the whole cluster
   float pre[8 * NT][kStreams];
   float inverse[8 * NT];
-  float mixes[NT][kColumns];  // of the tokens whose Sinkhorn is this CTA's
+  float top_of_block[8 * NT][kMostBlocks];
 };
 
-// The post step for 8 channels of a token: x [4 streams] -> new streams, in place.
-__device__ __forceinline__ void write_back(uint4 (&x)[kStreams], const uint4& output, const float* coefficients) {
-  float c[kCoefficients];
-#pragma unroll
-  for (int i = 0; i < kCoefficients; i += 4)
-    *reinterpret_cast<float4*>(&c[i]) = *reinterpret_cast<const float4*>(&coefficients[i]);
-  uint32_t in[kStreams][4], out[kStreams][4];
-#pragma unroll
-  for (int s = 0; s < kStreams; ++s) in[s][0] = x[s].x, in[s][1] = x[s].y, in[s][2] = x[s].z, in[s][3] = x[s].w;
-  const uint32_t o[4] = {output.x, output.y, output.z, output.w};
-#pragma unroll
-  for (int pair = 0; pair < 4; ++pair) {
-#pragma unroll
-    for (int to = 0; to < kStreams; ++to) {
-      float a = c[to] * low(o[pair]), b = c[to] * high(o[pair]);
-#pragma unroll
-      for (int from = 0; from < kStreams; ++from) {
-        const float weight = c[4 + 4 * from + to];
-        a += weight * low(in[from][pair]);
-        b += weight * high(in[from][pair]);
-      }
-      out[to][pair] = pack(a, b);
-    }
-  }
-#pragma unroll
-  for (int s = 0; s < kStreams; ++s) x[s] = make_uint4(out[s][0], out[s][1], out[s][2], out[s][3]);
+__device__ __forceinline__ void widen(float (&wide)[8], const uint4& x) {
+  wide[0] = low(x.x), wide[1] = high(x.x), wide[2] = low(x.y), wide[3] = high(x.y);
+  wide[4] = low(x.z), wide[5] = high(x.z), wide[6] = low(x.w), wide[7] = high(x.w);
 }
 
-__device__ __forceinline__ float square_sum(const uint4& x) {
-  float a = low(x.x) * low(x.x), b = high(x.x) * high(x.x);
-  a += low(x.y) * low(x.y), b += high(x.y) * high(x.y);
-  a += low(x.z) * low(x.z), b += high(x.z) * high(x.z);
-  a += low(x.w) * low(x.w), b += high(x.w) * high(x.w);
-  return a + b;
+__device__ __forceinline__ uint4 narrow(const float (&wide)[8]) {
+  return make_uint4(pack(wide[0], wide[1]), pack(wide[2], wide[3]), pack(wide[4], wide[5]), pack(wide[6], wide[7]));
 }
 
-__device__ __forceinline__ void add_weighted(float (&total)[8], float weight, const uint4& x) {
-  const uint32_t pairs[4] = {x.x, x.y, x.z, x.w};
+// Adds the square sums of eight tokens to the diagonal of the first eight rows; a lane gives 8 channels of token lane / 4.
+__device__ __forceinline__ void add_squares(float (&d)[2], const uint4& x) {
+  float rows[4] = {d[0], d[1], 0.0f, 0.0f};
+  multiply(rows, make_uint4(x.x, 0, x.y, 0), x.x, x.y);
+  multiply(rows, make_uint4(x.z, 0, x.w, 0), x.z, x.w);
+  d[0] = rows[0], d[1] = rows[1];
+}
+
+// The lane of a row's place in the diagonal.
+__device__ __forceinline__ bool owns_square(int row, int quad) { return quad == row / 2; }
+__device__ __forceinline__ float square_of(const float (&d)[2], int row) { return row % 2 ? d[1] : d[0]; }
+
+struct Mix {
+  float post[4], comb[16];  // comb [from][to]
+};
+
+// How a sublayer's output returns to the streams: gates and a doubly stochastic matrix.
+__device__ __forceinline__ Mix mix_of(const float* logits, int iterations, float eps) {
+  Mix mix;
 #pragma unroll
-  for (int pair = 0; pair < 4; ++pair) {
-    total[2 * pair] += weight * low(pairs[pair]);
-    total[2 * pair + 1] += weight * high(pairs[pair]);
+  for (int i = 0; i < kLogits; i += 4) {
+    const float4 four = __ldg(reinterpret_cast<const float4*>(logits + i));
+    float* target = i ? mix.comb + i - 4 : mix.post;
+    target[0] = four.x, target[1] = four.y, target[2] = four.z, target[3] = four.w;
   }
+#pragma unroll
+  for (int i = 0; i < 4; ++i) mix.post[i] = 2.0f * sigmoid(mix.post[i]);
+  sinkhorn(mix.comb, iterations, eps);
+  return mix;
 }
 
 // WRITE: there is an output to write back; without it the streams are only read.
 template <int NT, bool WRITE>
-__global__ void __cluster_dims__(kRanks, 1, 1) __launch_bounds__(kThreads, NT <= 3 ? 2 : 1) hyper_seam(const Arguments a) {
+__global__ void __cluster_dims__(kRanks, 1, 1) __launch_bounds__(kThreads, NT <= 2 ? 2 : 1) hyper_seam(const Arguments a) {
   extern __shared__ __align__(16) uint8_t shared[];
   Sums<NT>& sums = *reinterpret_cast<Sums<NT>*>(shared);
-  uint4* const slots = reinterpret_cast<uint4*>(shared + (sizeof(Sums<NT>) + 15) / 16 * 16) + threadIdx.x;
   const int rank = blockIdx.x, warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = lane / 4, quad = lane % 4;
   const int first_token = blockIdx.y * 8 * NT;
-  const int rank_channels = a.hidden / kRanks, groups = rank_channels / 128;
-  const int my_groups = warp < groups ? (groups - warp + kWarps - 1) / kWarps : 0, my_blocks = kBlocks * my_groups;
-  // Channel of this thread's first element in its block number b.
-  const auto channel_of = [&](int b) {
-    return rank * rank_channels + (warp + b / kBlocks * kWarps) * 128 + b % kBlocks * 32 + quad * 8;
-  };
-  const auto slot = [&](int b, int tile, int stream) -> uint4& { return slots[((b * NT + tile) * kStreams + stream) * kThreads]; };
-  const auto token_of = [&](int tile) { return static_cast<int64_t>(first_token + 8 * tile + row); };
+  const float features = static_cast<float>(kStreams) * a.hidden;
   const int64_t last = a.num_tokens - 1;
 
-  if (WRITE) {
-    for (int i = threadIdx.x; i < 8 * NT * 5; i += kThreads) {
-      const int64_t token = min(static_cast<int64_t>(first_token + i / 5), last);
-      const float* source = i % 5 ? a.comb + token * 16 + (i % 5 - 1) * 4 : a.post + token * 4;
-      copy_async(&sums.coefficients[i / 5][i % 5 * 4], source, true);
-    }
-    commit_copies();
-  }
-  for (int b = 0; b < my_blocks; ++b) {
+  uint4* const slots = reinterpret_cast<uint4*>(shared + sizeof(Sums<NT>)) + threadIdx.x;
+  const int rank_blocks = a.hidden / (kRanks * kBlock);
+  const int first_block = warp * rank_blocks / kWarps, num_blocks = (warp + 1) * rank_blocks / kWarps - first_block;
+  // This thread's first channel in block b of its warp.
+  const auto channel_of = [&](int b) { return (rank * rank_blocks + first_block + b) * kBlock + quad * 8; };
+  const auto slot = [&](int b, int tile, int s) -> uint4& {
+    return slots[((b * NT + tile) * (kStreams + WRITE) + s) * kThreads];
+  };
+  const auto token_of = [&](int tile) { return static_cast<int64_t>(first_token + 8 * tile + row); };
+
+  for (int b = 0; b < num_blocks; ++b) {
     const int channel = channel_of(b);
 #pragma unroll
     for (int tile = 0; tile < NT; ++tile) {
       const bool live = token_of(tile) <= last;
-      const __nv_bfloat16* source = a.streams + (live ? token_of(tile) : last) * kStreams * a.hidden + channel;
+      const int64_t token = live ? token_of(tile) : last;
+      const __nv_bfloat16* source = a.streams + token * kStreams * a.hidden + channel;
 #pragma unroll
       for (int s = 0; s < kStreams; ++s) copy_async(&slot(b, tile, s), source + static_cast<int64_t>(s) * a.hidden, live);
-      if (WRITE && b > 0 && quad % 2 == 0)
-        asm volatile("prefetch.global.L2 [%0];" ::"l"(a.output + (live ? token_of(tile) : last) * a.hidden + channel));
+      if (WRITE) copy_async(&slot(b, tile, kOutput), a.output + token * a.hidden + channel, live);
     }
     commit_copies();
   }
-  uint4 output[NT], fragments[2][6];
-  const auto load_output = [&](int b) {
-    const int channel = channel_of(b);
-#pragma unroll
-    for (int tile = 0; tile < NT; ++tile)
-      output[tile] = __ldg(reinterpret_cast<const uint4*>(a.output + min(token_of(tile), last) * a.hidden + channel));
-  };
-  const auto load_fragments = [&](int buffer, int b, int s) {
-    const uint4* source = a.fn + ((channel_of(b) / 32) * kStreams + s) * (6 * 32) + lane;
-#pragma unroll
-    for (int i = 0; i < 6; ++i) fragments[buffer][i] = __ldg(source + 32 * i);
-  };
-  if (my_blocks) {
-    if (WRITE) load_output(0);
-    load_fragments(0, 0, 0);
-  }
   if (WRITE) {
-    wait_copies(min(my_blocks, 7));
-    __syncthreads();  // everybody's coefficients are there
+    if (threadIdx.x < 8 * NT) {
+      const int64_t token = min(static_cast<int64_t>(first_token + threadIdx.x), last);
+      const Mix mix = mix_of(a.mix + token * kLogits, a.iterations, a.hc_eps);
+#pragma unroll
+      for (int to = 0; to < kStreams; ++to) {
+        float* weights = &sums.coefficients[threadIdx.x][8 * to];
+        *reinterpret_cast<float4*>(weights) =
+            make_float4(mix.post[to], mix.comb[to], mix.comb[4 + to], mix.comb[8 + to]);
+        weights[4] = mix.comb[12 + to];
+      }
+    }
+    __syncthreads();
   }
 
-  // The new streams, and this thread's part of the product.
-  float products[3][NT][4] = {}, squares[NT] = {};
-  for (int b = 0; b < my_blocks; ++b) {
-    wait_copies(my_blocks - 1 - b);
+  // The new streams, and this warp's part of the products.
+  float products[3][NT][4] = {}, squares[NT][2] = {};
+  uint4 fragments[2][6];
+  const auto load_fragments = [&](int b, int s) {
+    const uint4* source = a.fn + ((channel_of(b) / kBlock) * kStreams + s) * (6 * 32) + lane;
+#pragma unroll
+    for (int i = 0; i < 6; ++i) fragments[s % 2][i] = __ldg(source + 32 * i);
+  };
+  for (int b = 0; b < num_blocks; ++b) {
+    load_fragments(b, 0);
+    wait_copies(num_blocks - 1 - b);
     const int channel = channel_of(b);
+    if (WRITE) {
 #pragma unroll
-    for (int tile = 0; tile < NT; ++tile) {
-      uint4 x[kStreams];
-#pragma unroll
-      for (int s = 0; s < kStreams; ++s) x[s] = slot(b, tile, s);
-      if (WRITE) {
-        write_back(x, output[tile], sums.coefficients[8 * tile + row]);
+      for (int tile = 0; tile < NT; ++tile) {
         const bool live = token_of(tile) <= last;
+        float x[kStreams][8], output[8];
 #pragma unroll
-        for (int s = 0; s < kStreams; ++s) {
-          slot(b, tile, s) = x[s];
+        for (int s = 0; s < kStreams; ++s) widen(x[s], slot(b, tile, s));
+        widen(output, slot(b, tile, kOutput));
+#pragma unroll
+        for (int to = 0; to < kStreams; ++to) {
+          const float* weights = &sums.coefficients[8 * tile + row][8 * to];
+          const float4 w = *reinterpret_cast<const float4*>(weights);
+          const float w3 = weights[4];
+          float mixed[8];
+#pragma unroll
+          for (int i = 0; i < 8; ++i)
+            mixed[i] = fmaf(w3, x[3][i], fmaf(w.w, x[2][i], fmaf(w.z, x[1][i], fmaf(w.y, x[0][i], w.x * output[i]))));
+          const uint4 written = narrow(mixed);
+          slot(b, tile, to) = written;
           if (live)
-            *reinterpret_cast<uint4*>(a.new_streams + (token_of(tile) * kStreams + s) * a.hidden + channel) = x[s];
+            *reinterpret_cast<uint4*>(a.new_streams + (token_of(tile) * kStreams + to) * a.hidden + channel) = written;
         }
       }
-      squares[tile] += (square_sum(x[0]) + square_sum(x[1])) + (square_sum(x[2]) + square_sum(x[3]));
     }
-    if (WRITE && b + 1 < my_blocks) load_output(b + 1);
 #pragma unroll
     for (int s = 0; s < kStreams; ++s) {
-      if (s + 1 < kStreams)
-        load_fragments((s + 1) % 2, b, s + 1);
-      else if (b + 1 < my_blocks)
-        load_fragments(0, b + 1, 0);
+      if (s + 1 < kStreams) load_fragments(b, s + 1);
 #pragma unroll
       for (int tile = 0; tile < NT; ++tile) {
         const uint4 x = slot(b, tile, s);
@@ -286,6 +283,7 @@ __global__ void __cluster_dims__(kRanks, 1, 1) __launch_bounds__(kThreads, NT <=
           multiply(products[t][tile], fragments[s % 2][2 * t], x.x, x.y);
           multiply(products[t][tile], fragments[s % 2][2 * t + 1], x.z, x.w);
         }
+        add_squares(squares[tile], x);
       }
     }
   }
@@ -297,8 +295,7 @@ __global__ void __cluster_dims__(kRanks, 1, 1) __launch_bounds__(kThreads, NT <=
       target[2 * quad][8 * t + row] = products[t][tile][0] + products[t][tile][2];
       target[2 * quad + 1][8 * t + row] = products[t][tile][1] + products[t][tile][3];
     }
-    const float square = sum_of_quad(squares[tile]);
-    if (quad == 0) target[row][kSquare] = square;
+    if (owns_square(row, quad)) target[row][kSquare] = square_of(squares[tile], row);
   }
   __syncthreads();
   for (int i = threadIdx.x; i < 8 * NT * (kMixes + 1); i += kThreads) {
@@ -312,38 +309,37 @@ __global__ void __cluster_dims__(kRanks, 1, 1) __launch_bounds__(kThreads, NT <=
   cluster_wait();
 
   // The weights of the input.
-  const float features = static_cast<float>(kStreams) * a.hidden;
   if (threadIdx.x < 8 * NT * kStreams) {
     const int token = threadIdx.x / kStreams, s = threadIdx.x % kStreams;
-    const float factor = rsqrtf(sum_over_ranks(&sums.of_rank[token][kSquare]) / features + a.norm_eps);
-    const float value = sum_over_ranks(&sums.of_rank[token][s]) * factor * __ldg(a.scale + s) + __ldg(a.base + s);
+    const float square = sum_over_ranks(&sums.of_rank[token][kSquare]), mix = sum_over_ranks(&sums.of_rank[token][s]);
+    const float value = mix * rsqrtf(square / features + a.norm_eps) * __ldg(a.scale + s) + __ldg(a.base + s);
     sums.pre[token][s] = sigmoid(value) + a.hc_eps;
   }
   __syncthreads();
 
   // The mix of the streams, which takes the place of the first, and its square sum.
 #pragma unroll
-  for (int tile = 0; tile < NT; ++tile) squares[tile] = 0.0f;
-  for (int b = 0; b < my_blocks; ++b) {
+  for (int tile = 0; tile < NT; ++tile) squares[tile][0] = squares[tile][1] = 0.0f;
+  for (int b = 0; b < num_blocks; ++b) {
 #pragma unroll
     for (int tile = 0; tile < NT; ++tile) {
-      const float4 weights = *reinterpret_cast<const float4*>(sums.pre[8 * tile + row]);
+      const float* weights = sums.pre[8 * tile + row];
       float total[8] = {};
-      add_weighted(total, weights.x, slot(b, tile, 0));
-      add_weighted(total, weights.y, slot(b, tile, 1));
-      add_weighted(total, weights.z, slot(b, tile, 2));
-      add_weighted(total, weights.w, slot(b, tile, 3));
-      const uint4 mixed = make_uint4(pack(total[0], total[1]), pack(total[2], total[3]), pack(total[4], total[5]),
-                                     pack(total[6], total[7]));
+#pragma unroll
+      for (int s = 0; s < kStreams; ++s) {
+        float x[8];
+        widen(x, slot(b, tile, s));
+#pragma unroll
+        for (int i = 0; i < 8; ++i) total[i] = fmaf(weights[s], x[i], total[i]);
+      }
+      const uint4 mixed = narrow(total);
       slot(b, tile, 0) = mixed;
-      squares[tile] += square_sum(mixed);
+      add_squares(squares[tile], mixed);
     }
   }
 #pragma unroll
-  for (int tile = 0; tile < NT; ++tile) {
-    const float square = sum_of_quad(squares[tile]);
-    if (quad == 0) sums.square_of_warp[warp][8 * tile + row] = square;
-  }
+  for (int tile = 0; tile < NT; ++tile)
+    if (owns_square(row, quad)) sums.square_of_warp[warp][8 * tile + row] = square_of(squares[tile], row);
   __syncthreads();
   if (threadIdx.x < 8 * NT) {
     float total = sums.square_of_warp[0][threadIdx.x];
@@ -352,31 +348,16 @@ __global__ void __cluster_dims__(kRanks, 1, 1) __launch_bounds__(kThreads, NT <=
     sums.square_of_rank[threadIdx.x] = total;
   }
   cluster_arrive();
-
-  // Row `rank` of every tile is this CTA's to mix.
-  if (warp == kWarps - 1) {
-    if (lane <= kSquare) {
+  if (warp == kWarps - 1) {  // row `rank` of every tile: its logits are this CTA's to write
 #pragma unroll
-      for (int tile = 0; tile < NT; ++tile) sums.mixes[tile][lane] = sum_over_ranks(&sums.of_rank[8 * tile + rank][lane]);
+    for (int tile = 0; tile < NT; ++tile) {
+      const int column = min(lane, kSquare);
+      const float total = sum_over_ranks(&sums.of_rank[8 * tile + rank][column]);
+      const float factor = rsqrtf(__shfl_sync(~0u, total, kSquare) / features + a.norm_eps);
+      const int64_t token = first_token + 8 * tile + rank;
+      if (lane >= kStreams && lane < kMixes && token <= last)
+        a.new_mix[token * kLogits + lane - kStreams] = total * factor * __ldg(a.scale + lane) + __ldg(a.base + lane);
     }
-    __syncwarp();
-    const int64_t token = first_token + 8 * lane + rank;
-    if (lane < NT && token <= last) {
-      const float* mixes = sums.mixes[lane];
-      const float factor = rsqrtf(mixes[kSquare] / features + a.norm_eps);
-      float post[4], comb[16];
-#pragma unroll
-      for (int i = 0; i < 4; ++i)
-        post[i] = 2.0f * sigmoid(mixes[4 + i] * factor * __ldg(a.scale + 4 + i) + __ldg(a.base + 4 + i));
-#pragma unroll
-      for (int i = 0; i < 16; ++i) comb[i] = mixes[8 + i] * factor * __ldg(a.scale + 8 + i) + __ldg(a.base + 8 + i);
-      sinkhorn(comb, a.iterations, a.hc_eps);
-      *reinterpret_cast<float4*>(a.new_post + token * 4) = *reinterpret_cast<const float4*>(post);
-#pragma unroll
-      for (int i = 0; i < 16; i += 4)
-        *reinterpret_cast<float4*>(a.new_comb + token * 16 + i) = *reinterpret_cast<const float4*>(&comb[i]);
-    }
-    __syncwarp();
   }
   cluster_wait();
   if (threadIdx.x < 8 * NT)
@@ -384,47 +365,52 @@ __global__ void __cluster_dims__(kRanks, 1, 1) __launch_bounds__(kThreads, NT <=
   __syncthreads();
   cluster_arrive();  // this CTA has read all it needs of others
 
-  for (int g = 0; g < my_groups; ++g) {
+  for (int b = 0; b < num_blocks; ++b) {
+    const int channel = channel_of(b);
+    float weights[8];
+    *reinterpret_cast<float4*>(&weights[0]) = __ldg(reinterpret_cast<const float4*>(a.norm + channel));
+    *reinterpret_cast<float4*>(&weights[4]) = __ldg(reinterpret_cast<const float4*>(a.norm + channel) + 1);
 #pragma unroll
     for (int tile = 0; tile < NT; ++tile) {
-      const int64_t token = token_of(tile);
-      const bool live = token <= last;
       const float inverse = sums.inverse[8 * tile + row];
-      uint4 normed[kBlocks];
+      float x[8];
+      widen(x, slot(b, tile, 0));
+#pragma unroll
+      for (int i = 0; i < 8; ++i) x[i] = x[i] * inverse * weights[i];
+      const uint4 normed = narrow(x);
+      if (token_of(tile) <= last) *reinterpret_cast<uint4*>(a.inputs + token_of(tile) * a.hidden + channel) = normed;
+      if (a.codes == nullptr) continue;
+      slot(b, tile, 0) = normed;
+      widen(x, normed);
       float top = 0.0f;
 #pragma unroll
-      for (int i = 0; i < kBlocks; ++i) {
-        const int b = g * kBlocks + i, channel = channel_of(b);
-        const uint4 mixed = slot(b, tile, 0);
-        const float4 w0 = __ldg(reinterpret_cast<const float4*>(a.norm + channel));
-        const float4 w1 = __ldg(reinterpret_cast<const float4*>(a.norm + channel) + 1);
-        normed[i] = make_uint4(pack(low(mixed.x) * inverse * w0.x, high(mixed.x) * inverse * w0.y),
-                               pack(low(mixed.y) * inverse * w0.z, high(mixed.y) * inverse * w0.w),
-                               pack(low(mixed.z) * inverse * w1.x, high(mixed.z) * inverse * w1.y),
-                               pack(low(mixed.w) * inverse * w1.z, high(mixed.w) * inverse * w1.w));
-        if (live) *reinterpret_cast<uint4*>(a.inputs + token * a.hidden + channel) = normed[i];
-        const uint32_t pairs[4] = {normed[i].x, normed[i].y, normed[i].z, normed[i].w};
-#pragma unroll
-        for (int p = 0; p < 4; ++p) top = fmaxf(top, fmaxf(fabsf(low(pairs[p])), fabsf(high(pairs[p]))));
-      }
-      if (a.codes == nullptr) continue;
-      // A scale per 128 channels: the smallest power of two that brings the largest value to at most 448.
+      for (int i = 0; i < 8; ++i) top = fmaxf(top, fabsf(x[i]));
       top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
       top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
-      const uint32_t exponent = (__float_as_uint(fmaxf(top, 1e-4f) * (1.0f / 448.0f)) + 0x7FFFFFu) & 0x7F800000u;
-      const float shrink = 1.0f / __uint_as_float(exponent);
-      if (!live) continue;
-      if (quad == 0)
-        a.code_scales[(channel_of(g * kBlocks) / 128) * a.scale_stride + token] = __uint_as_float(exponent);
+      if (quad == 0) sums.top_of_block[8 * tile + row][first_block + b] = top;
+    }
+  }
+  if (a.codes != nullptr) {
+    __syncthreads();
+    for (int b = 0; b < num_blocks; ++b) {
+      const int channel = channel_of(b), group = (first_block + b) / 4 * 4;
 #pragma unroll
-      for (int i = 0; i < kBlocks; ++i) {
-        const uint32_t pairs[4] = {normed[i].x, normed[i].y, normed[i].z, normed[i].w};
+      for (int tile = 0; tile < NT; ++tile) {
+        // A scale per 128 channels: the smallest power of two that brings the largest value to at most 448.
+        const float4 tops = *reinterpret_cast<const float4*>(&sums.top_of_block[8 * tile + row][group]);
+        const float top = fmaxf(fmaxf(fmaxf(tops.x, tops.y), fmaxf(tops.z, tops.w)), 1e-4f);
+        const uint32_t scale = (__float_as_uint(top * (1.0f / 448.0f)) + 0x7FFFFFu) & 0x7F800000u;
+        const float shrink = 1.0f / __uint_as_float(scale);
+        if (token_of(tile) > last) continue;
+        if (quad == 0 && channel % 128 == 0)
+          a.code_scales[channel / 128 * a.scale_stride + token_of(tile)] = __uint_as_float(scale);
+        float x[8];
+        widen(x, slot(b, tile, 0));
         uint32_t codes[4];
 #pragma unroll
-        for (int p = 0; p < 4; ++p)
-          codes[p] = __nv_cvt_float2_to_fp8x2(make_float2(low(pairs[p]) * shrink, high(pairs[p]) * shrink), __NV_SATFINITE,
-                                              __NV_E4M3);
-        *reinterpret_cast<uint2*>(a.codes + token * a.hidden + channel_of(g * kBlocks + i)) =
+        for (int i = 0; i < 4; ++i)
+          codes[i] = __nv_cvt_float2_to_fp8x2(make_float2(x[2 * i] * shrink, x[2 * i + 1] * shrink), __NV_SATFINITE, __NV_E4M3);
+        *reinterpret_cast<uint2*>(a.codes + token_of(tile) * a.hidden + channel) =
             make_uint2(codes[0] | codes[1] << 16, codes[2] | codes[3] << 16);
       }
     }
@@ -432,11 +418,21 @@ __global__ void __cluster_dims__(kRanks, 1, 1) __launch_bounds__(kThreads, NT <=
   cluster_wait();
 }
 
+__global__ void hyper_mix(const float* logits, float* post, float* comb, int num_tokens, int iterations, float eps) {
+  const int64_t token = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x;
+  if (token >= num_tokens) return;
+  const Mix mix = mix_of(logits + token * kLogits, iterations, eps);
+  float4* target = reinterpret_cast<float4*>(comb + token * 16);
+  *reinterpret_cast<float4*>(post + token * 4) = make_float4(mix.post[0], mix.post[1], mix.post[2], mix.post[3]);
+#pragma unroll
+  for (int i = 0; i < 4; ++i)
+    target[i] = make_float4(mix.comb[4 * i], mix.comb[4 * i + 1], mix.comb[4 * i + 2], mix.comb[4 * i + 3]);
+}
+
 template <int NT, bool WRITE>
 cudaError_t launch(const Arguments& arguments, cudaStream_t stream) {
-  const int groups = (arguments.hidden / kRanks / 128 + kWarps - 1) / kWarps;  // of a warp
-  const size_t slots = static_cast<size_t>(groups) * kBlocks * NT * kStreams * kThreads * sizeof(uint4);
-  const size_t bytes = (sizeof(Sums<NT>) + 15) / 16 * 16 + slots;
+  const int blocks = (arguments.hidden / (kRanks * kBlock) + kWarps - 1) / kWarps;  // of a warp, at most
+  const size_t bytes = sizeof(Sums<NT>) + static_cast<size_t>(blocks) * NT * (kStreams + WRITE) * kThreads * sizeof(uint4);
   const cudaError_t error =
       cudaFuncSetAttribute(hyper_seam<NT, WRITE>, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
   if (error != cudaSuccess) return error;
@@ -451,23 +447,21 @@ cudaError_t dispatch(int tiles, const Arguments& arguments, cudaStream_t stream)
     case 1: return launch<1, WRITE>(arguments, stream);
     case 2: return launch<2, WRITE>(arguments, stream);
     case 3: return launch<3, WRITE>(arguments, stream);
-    case 4: return launch<4, WRITE>(arguments, stream);
     default: return cudaErrorInvalidValue;
   }
 }
 
 }  // namespace
 
-// `tiles`: of eight tokens, a cluster takes 1 to 4; changes speed only. A null output only reads the streams. hidden is a
-// multiple of 1024 and at most 8192.
-extern "C" int hyper_seam(const void* output, const void* streams, const void* post, const void* comb, const void* fn,
-                          const void* scale, const void* base, const void* norm, void* new_streams, void* inputs, void* codes,
-                          void* code_scales, void* new_post, void* new_comb, int64_t scale_stride, int num_tokens, int hidden,
+// `mix` and `new_mix`: float32 [num_tokens][20] logits, 4 of the gates, then [4 from][4 to]. `tiles`: of eight tokens, a cluster
+// takes 1 to 3; changes speed only. A null output only reads the streams. hidden is a multiple of 1024 and at most 8192.
+extern "C" int hyper_seam(const void* output, const void* streams, const void* mix, const void* fn, const void* scale,
+                          const void* base, const void* norm, void* new_streams, void* inputs, void* codes,
+                          void* code_scales, void* new_mix, int64_t scale_stride, int num_tokens, int hidden,
                           int iterations, float hc_eps, float norm_eps, int tiles, cudaStream_t stream) {
   const Arguments arguments{static_cast<const __nv_bfloat16*>(output),
                             static_cast<const __nv_bfloat16*>(streams),
-                            static_cast<const float*>(post),
-                            static_cast<const float*>(comb),
+                            static_cast<const float*>(mix),
                             static_cast<const uint4*>(fn),
                             static_cast<const float*>(scale),
                             static_cast<const float*>(base),
@@ -476,8 +470,7 @@ extern "C" int hyper_seam(const void* output, const void* streams, const void* p
                             static_cast<__nv_bfloat16*>(inputs),
                             static_cast<uint8_t*>(codes),
                             static_cast<float*>(code_scales),
-                            static_cast<float*>(new_post),
-                            static_cast<float*>(new_comb),
+                            static_cast<float*>(new_mix),
                             scale_stride,
                             num_tokens,
                             hidden,
@@ -487,4 +480,13 @@ extern "C" int hyper_seam(const void* output, const void* streams, const void* p
   if (num_tokens == 0) return cudaSuccess;
   if (hidden % 1024 || hidden > 8192) return cudaErrorInvalidValue;
   return output ? dispatch<true>(tiles, arguments, stream) : dispatch<false>(tiles, arguments, stream);
+}
+
+// logits [num_tokens][20] -> post [num_tokens][4] and comb [num_tokens][4 from][4 to], float32.
+extern "C" int hyper_mix_of_logits(const void* logits, void* post, void* comb, int num_tokens, int iterations, float hc_eps,
+                                   cudaStream_t stream) {
+  if (num_tokens == 0) return cudaSuccess;
+  hyper_mix<<<(num_tokens + 63) / 64, 64, 0, stream>>>(static_cast<const float*>(logits), static_cast<float*>(post),
+                                                       static_cast<float*>(comb), num_tokens, iterations, hc_eps);
+  return cudaGetLastError();
 }

@@ -8,7 +8,8 @@ import torch
 from kernels.moe import swiglu_ref
 from kernels.rms_norm import rms_norm_ref
 from kernels.rope import rope_angles, rope_ref
-from kernels.triton_norm import rms_norm_triton
+from kernels.triton_norm import rms_norm_quantized_triton, rms_norm_triton
+from kernels.triton_quantize import quantize_activations
 from kernels.triton_rotary import rotate_in_place
 from kernels.triton_swiglu import swiglu_triton
 from kernels.wide_linear import wide_linear, wide_linear_ref
@@ -29,6 +30,19 @@ def test_rms_norm_of_parts_of_a_projection(generator, device, rows, width, weigh
     got, expected = rms_norm_triton(x, weight, 1e-6), rms_norm_ref(x, weight, 1e-6)
     torch.testing.assert_close(got, expected, **_tolerance(dtype))
     assert not rows or dtype == torch.float32 or float((got == expected).float().mean()) > 0.99
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "width"), [(0, 128), (1, 1024), (6, 320), (5, 64)])
+def test_a_norm_that_quantises_does_what_a_pass_of_its_own_would(generator, device, rows, width, dtype):
+    x = (5 * torch.randn(rows, width + 8, generator=generator, device=device)).to(dtype)[:, 8:]
+    weight = torch.rand(width, generator=generator, device=device)
+    plain, quantized = rms_norm_quantized_triton(x, weight, 1e-6)
+    torch.testing.assert_close(plain, rms_norm_triton(x, weight, 1e-6), **_tolerance(dtype))
+    codes, scales = quantize_activations(plain)
+    assert quantized is not None
+    assert torch.equal(quantized.codes_RD.view(torch.uint8), codes.view(torch.uint8))
+    assert torch.equal(quantized.scales_GR[:, :rows], scales[:, :rows])
 
 
 def test_rms_norm_of_heads(generator, device):

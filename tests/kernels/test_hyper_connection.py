@@ -5,8 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernels.gpu_hyper_connection import hyper_post_pre_gpu, hyper_pre_gpu, pack_rows
-from kernels.hyper_connection import HyperSettings, HyperWeights, Mix, hyper_head_ref, hyper_post_ref, hyper_pre_ref
+from kernels.gpu_hyper_connection import hyper_post_pre_gpu, hyper_pre_gpu, mix_of_logits, pack_rows
+from kernels.hyper_connection import (
+    HyperSettings,
+    HyperWeights,
+    Mix,
+    MixLogits,
+    hyper_head_ref,
+    hyper_post_ref,
+    hyper_pre_ref,
+    sinkhorn_ref,
+)
 from kernels.triton_hyper_connection import (
     hyper_head_triton,
     hyper_post_pre_triton,
@@ -103,22 +112,39 @@ TOKENS = [1, 7, 64, 65, 257, 1000]
 """Fewer than a tile, one more than whole tiles, and every number of tiles a cluster takes."""
 
 
+def _logits(generator, device, tokens):
+    return MixLogits(2 * torch.randn(tokens, 20, generator=generator, device=device))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_logits_become_the_mix_of_the_twin(generator, device, tokens):
+    logits = _logits(generator, device, tokens)
+    mix = mix_of_logits(logits, SETTINGS)
+    wide = logits.values.double()
+    expected = sinkhorn_ref(wide[:, 4:].unflatten(1, (4, 4)), SETTINGS.iterations, SETTINGS.hc_eps)
+    assert _relative(mix.post_TS, 2 * wide[:, :4].sigmoid()) < 1e-6
+    assert _relative(mix.comb_TSS, expected) < 1e-5
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("hidden", [1024, 4096, 7168])
 @pytest.mark.parametrize("tokens", TOKENS)
 def test_the_seam_in_one_launch_matches_post_then_pre(generator, device, tokens, hidden):
-    streams, weights, norm, output, mix = _case(generator, device, tokens, hidden)
-    new, seam = hyper_post_pre_gpu(output, streams, mix, weights, norm, SETTINGS, quantize=True)
-    expected = hyper_post_ref(output, streams, mix)
-    inputs, following = hyper_pre_ref(expected, weights, norm, SETTINGS)
+    streams, weights, norm, output, _ = _case(generator, device, tokens, hidden)
+    logits = _logits(generator, device, tokens)
+    new, inputs, following = hyper_post_pre_gpu(output, streams, logits, weights, norm, SETTINGS, quantize=True)
+    expected = hyper_post_ref(output, streams, mix_of_logits(logits, SETTINGS))
+    expected_inputs, expected_mix = hyper_pre_ref(expected, weights, norm, SETTINGS)
+    mix = mix_of_logits(following, SETTINGS)
     assert _relative(new, expected) < 1e-3
-    assert _relative(seam.inputs, inputs) < 3e-3
-    assert _relative(seam.mix.post_TS, following.post_TS) < 1e-3
-    assert _relative(seam.mix.comb_TSS, following.comb_TSS) < 1e-3
-    codes, scales = quantize_activations(seam.inputs)
-    assert seam.quantized is not None
-    assert torch.equal(seam.quantized.codes_RD.view(torch.uint8), codes.view(torch.uint8))
-    assert torch.equal(seam.quantized.scales_GR[:, :tokens], scales[:, :tokens])
+    assert _relative(inputs.plain, expected_inputs) < 3e-3
+    assert _relative(mix.post_TS, expected_mix.post_TS) < 1e-3
+    assert _relative(mix.comb_TSS, expected_mix.comb_TSS) < 1e-3
+    codes, scales = quantize_activations(inputs.plain)
+    assert inputs.quantized is not None
+    assert torch.equal(inputs.quantized.codes_RD.view(torch.uint8), codes.view(torch.uint8))
+    assert torch.equal(inputs.quantized.scales_GR[:, :tokens], scales[:, :tokens])
 
 
 @pytest.mark.gpu
@@ -126,26 +152,28 @@ def test_the_seam_in_one_launch_matches_post_then_pre(generator, device, tokens,
 def test_reading_the_streams_in_one_launch_matches_pre(generator, device, tokens):
     streams, weights, norm, _, _ = _case(generator, device, tokens, 4096)
     before = streams.clone()
-    seam = hyper_pre_gpu(streams, weights, norm, SETTINGS)
-    inputs, mix = hyper_pre_ref(streams, weights, norm, SETTINGS)
+    inputs, logits = hyper_pre_gpu(streams, weights, norm, SETTINGS)
+    expected, expected_mix = hyper_pre_ref(streams, weights, norm, SETTINGS)
+    mix = mix_of_logits(logits, SETTINGS)
     assert torch.equal(streams, before)
-    assert seam.quantized is None
-    assert _relative(seam.inputs, inputs) < 2e-3
-    assert _relative(seam.mix.post_TS, mix.post_TS) < 2e-5
-    assert _relative(seam.mix.comb_TSS, mix.comb_TSS) < 2e-4
+    assert inputs.quantized is None
+    assert _relative(inputs.plain, expected) < 2e-3
+    assert _relative(mix.post_TS, expected_mix.post_TS) < 2e-5
+    assert _relative(mix.comb_TSS, expected_mix.comb_TSS) < 2e-4
 
 
 @pytest.mark.gpu
 def test_a_token_comes_out_of_the_seam_the_same_alone_and_among_any_others(generator, device):
-    streams, weights, norm, output, mix = _case(generator, device, 300, 4096)
+    streams, weights, norm, output, _ = _case(generator, device, 300, 4096)
+    logits = _logits(generator, device, 300)
 
     def run(rows, tiles):
-        part = Mix(mix.post_TS[rows].contiguous(), mix.comb_TSS[rows].contiguous())
-        new, seam = hyper_post_pre_gpu(output[rows], streams[rows], part, weights, norm, SETTINGS, tiles=tiles)
-        return new, seam.inputs, *seam.mix
+        args = output[rows], streams[rows], MixLogits(logits.values[rows]), weights, norm, SETTINGS
+        new, inputs, following = hyper_post_pre_gpu(*args, tiles=tiles)
+        return new, inputs.plain, following.values
 
     everything = run(slice(None), None)
-    for tiles in (1, 2, 3, 4):
+    for tiles in (1, 2, 3):
         for rows in (slice(None), slice(77, 78), slice(13, 200)):
             for got, expected in zip(run(rows, tiles), everything, strict=True):
                 assert torch.equal(got, expected[rows])

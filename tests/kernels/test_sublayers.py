@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from engine.dummy_weights import load_dummy_weights
+from kernels.activations import Activations
 from kernels.dispatch import forced_triton
 from model.context import ForwardContext
 from model.presets import tiny
@@ -43,7 +44,7 @@ def _run(model, layer, how):
         ids = torch.zeros(tokens, dtype=torch.int64)
         with how():
             context = ForwardContext(token_ids=ids, index=index, dtype=torch.bfloat16, simulate=True)
-            outputs.append(model.layers[layer].attn(x, state.layers[layer], context).float().clone())
+            outputs.append(model.layers[layer].attn(Activations(x), state.layers[layer], context).float().clone())
     return torch.cat(outputs), state
 
 

@@ -1,0 +1,119 @@
+"""On a real GPU: numbers resolved at start, errors that name the number to change, and traces of steps."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine.config import EngineConfig
+from engine.engine import Engine
+from engine.loader import LoadedRank, load_rank
+from engine.profiling import StepTracer
+from model.config import ModelConfig
+from runtime.errors import ConfigError
+from runtime.requests import SamplingParams, StepOutput, Submit
+from runtime.token_ids import TokenIds
+
+pytestmark = pytest.mark.gpu
+
+GIB = 1 << 30
+
+
+@pytest.fixture(autouse=True)
+def _nothing_left() -> Iterator[None]:
+    torch.cuda.empty_cache()
+    yield
+    torch.cuda.empty_cache()
+
+
+def load(checkpoint: Path, **settings: object) -> LoadedRank:
+    config = EngineConfig(
+        model=str(checkpoint), device="cuda", **{"max_num_seqs": 4, "max_num_batched_tokens": 512, **settings}
+    )
+    return load_rank(config, holds_states=False, progress=False)
+
+
+def used_share() -> float:
+    free, total = torch.cuda.mem_get_info()
+    return 1.0 - float(free) / float(total)
+
+
+def test_state_takes_what_the_utilization_leaves_beside_weights_steps_and_a_reserve(tiny_checkpoint: Path) -> None:
+    total = torch.cuda.mem_get_info()[1]
+    utilization = used_share() + 6 * GIB / total
+    loaded = load(
+        tiny_checkpoint, gpu_memory_utilization=utilization, max_num_seqs=2048, max_num_batched_tokens=2048
+    )  # fmt: skip
+    assert loaded.config.num_pages == loaded.memory.pages.shape[0]
+    assert utilization - 4 * GIB / total < used_share() <= utilization
+
+
+def test_the_longest_request_is_the_models_limit_or_what_the_pages_hold(tiny_checkpoint: Path) -> None:
+    limit = ModelConfig.load(str(tiny_checkpoint)).max_position_embeddings
+    assert load(tiny_checkpoint).config.max_model_len == limit
+    few = load(tiny_checkpoint, num_pages=9, max_num_seqs=4, block_size=32)
+    assert few.config.max_model_len == 6 * 32
+    assert few.shape.max_model_len == 6 * 32
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"num_pages": 1 << 40}, "engine.num_pages"),
+        ({"gpu_memory_utilization": 0.001}, "engine.gpu_memory_utilization"),
+        ({"max_num_batched_tokens": 1 << 28}, "engine.max_num_batched_tokens"),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_the_number_to_change(
+    tiny_checkpoint: Path, settings: dict[str, object], named: str
+) -> None:
+    with pytest.raises(ConfigError, match=named):
+        load(tiny_checkpoint, **settings)
+
+
+def test_weights_that_do_not_fit_are_refused_with_a_way_out(tiny_checkpoint: Path) -> None:
+    free, _ = torch.cuda.mem_get_info()
+    torch.cuda.set_per_process_memory_fraction(1e-6)
+    try:
+        with pytest.raises(ConfigError, match="data_parallel_size"):
+            load(tiny_checkpoint)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert torch.cuda.mem_get_info()[0] > 0.9 * free
+
+
+def test_a_signal_leaves_a_trace_of_the_next_steps_with_their_kernels(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    loaded = load(tiny_checkpoint, num_pages=64, block_size=32, profiler_ranges=True)
+    engine = Engine(
+        loaded.config, loaded.shape, loaded.features, head=loaded.model.logits, device=loaded.device
+    )  # fmt: skip
+    tracer = StepTracer(tmp_path, 3, rank=2)
+    before = signal.getsignal(signal.SIGUSR2)
+    tracer.listen()
+    try:
+        sampling = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True)
+        engine.submit(Submit(request_id="r", prompt_ids=TokenIds(range(3, 40)), sampling=sampling))
+        steps = 0
+        while engine.has_work:
+            if steps == 4:
+                os.kill(os.getpid(), signal.SIGUSR2)
+            tracer.before_step()
+            assert all(isinstance(message, StepOutput) for message in engine.step())
+            tracer.after_step()
+            steps += 1
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+    (path,) = tmp_path.iterdir()
+    assert path.name.startswith("rank2-")
+    events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
+    kernels = [event["name"] for event in events if event.get("cat") == "kernel"]
+    phases = {event["name"] for event in events if event.get("cat") == "user_annotation"}
+    assert len(kernels) > 50, "the steps' kernels, also of captured ones"
+    assert {"schedule", "launch", "wait", "emit"} <= phases, phases
