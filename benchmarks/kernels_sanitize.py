@@ -7,9 +7,9 @@ racecheck   shared memory that two threads access without a barrier between
 initcheck   reads of device memory that nothing has written
 synccheck   barriers that not all threads reach that should
 
-Tests run side by side, a process for each TEST: a file, FILE::TEST, or FILE::TEST[CASE]; all files of tests/kernels
-unless named. Kernels of other libraries are not checked, but for memory. What a process said is in DIR; a table of
-findings follows, and the exit code is 0 if there were none and every process ended by itself.
+The tests (all of tests/kernels unless named, as pytest names them) are dealt to processes that run side by side.
+Kernels of other libraries are not checked, but for memory. What a process said is in DIR/TOOL-NUMBER.txt. The table
+says what became of the tests of each file; findings follow. The exit code is 0 if there were none and all tests passed.
 """
 
 from __future__ import annotations
@@ -23,84 +23,58 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-
-import msgspec
 
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 NOT_OURS = ("at6native", "at::native", "cutlass", "cublas", "nvjet", "splitKreduce", "cub::", "3cub")
 """Parts of the names of other libraries' kernels."""
 NO_KERNELS = ("test_compile.py", "test_twins_")
-FOUND = 86
-"""Exit code of a checker that found something."""
+PYTEST = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]
+FRAME = "========="
+NO_FINDING = re.compile(r"(COMPUTE-SANITIZER|\w+ SUMMARY: 0 |Target application returned an error|$)")
+VERDICT = re.compile(r"^(tests/\S+\.py)::.* (PASSED|FAILED|ERROR)", re.MULTILINE)
 
 
-class Outcome(msgspec.Struct, frozen=True):
-    """What became of one process."""
-
-    test: str
-    exit_code: int | None
-    """None: it was still running at the deadline."""
-    took_s: float
-    passed: int
-    failed: int
-    errors: int
-    """That the checker counted."""
-
-    @property
-    def clean(self) -> bool:
-        return self.exit_code == 0 and not self.errors
+def collect(tests: Sequence[str], options: Sequence[str]) -> list[str]:
+    """The names of all tests that would run. The project's settings make pytest quiet, and so print nothing else."""
+    command = [*PYTEST, "--collect-only", *options, *tests]
+    said = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    return [line for line in said.splitlines() if "::" in line]
 
 
-def command(tool: str, test: str, options: list[str]) -> list[str]:
-    checker = ["compute-sanitizer", "--tool", tool, "--error-exitcode", str(FOUND), "--print-limit", "20"]
-    checker += ["--target-processes", "all"]
+def command(tool: str, tests: Sequence[str]) -> list[str]:
+    checker = ["compute-sanitizer", "--tool", tool, "--print-limit", "20", "--target-processes", "all"]
     if tool != "memcheck":
         for part in NOT_OURS:
             checker += ["--kernel-regex-exclude", f"kns={part}"]
-    return [*checker, sys.executable, "-m", "pytest", "-vv", "--tb=short", "-p", "no:cacheprovider", *options, test]
+    return [*checker, *PYTEST, "-vv", "--tb=short", *tests]
 
 
-def run(tool: str, test: str, options: list[str], out: Path, deadline: float) -> Outcome:
-    """It may have waited for a worker until nothing of the deadline is left."""
-    began = time.monotonic()
-    name = re.sub(r"\W+", "-", test.removeprefix("tests/kernels/"))
-    log = out / f"{tool}-{name.strip('-')}.txt"
+def run(tool: str, tests: Sequence[str], log: Path, deadline: float) -> str:
+    """What checker and tests said until they ended or time was up."""
     environment = dict(os.environ)
     if tool in ("memcheck", "initcheck"):
         # In torch's pool a tensor's neighbour is a valid address.
         environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
-    code: int | None = None
     with log.open("wb") as stream:
-        call = command(tool, test, options)
         process = subprocess.Popen(
-            call, stdout=stream, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+            command(tool, tests), stdout=stream, stderr=subprocess.STDOUT, env=environment, start_new_session=True
         )
         try:
-            code = process.wait(max(0.0, deadline - time.monotonic()))
+            process.wait(max(0.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-    return outcome(test, code, time.monotonic() - began, log.read_text(errors="replace"))
+    return log.read_text(errors="replace")
 
 
-def outcome(test: str, code: int | None, took_s: float, text: str) -> Outcome:
-    summaries = [int(count) for count in re.findall(r"ERROR SUMMARY: (\d+) error", text)]
-    hazards = [int(count) for count in re.findall(r"RACECHECK SUMMARY: (\d+) hazard", text)]
-    return Outcome(
-        test=test,
-        exit_code=code,
-        took_s=took_s,
-        passed=text.count(" PASSED "),
-        failed=text.count(" FAILED "),
-        errors=sum(summaries) + sum(hazards),
-    )
-
-
-def row(result: Outcome) -> str:
-    ended = "cut off" if result.exit_code is None else f"exit {result.exit_code}"
-    return f"| {result.test} | {result.passed} | {result.failed} | {result.errors} | {ended} | {result.took_s:.1f} |"
+def findings(said: str) -> list[str]:
+    """What a checker reported, line by line, also one that was cut off."""
+    lines = [line.removeprefix(FRAME).strip() for line in said.splitlines() if line.startswith(FRAME)]
+    return [line for line in lines if not NO_FINDING.match(line)]
 
 
 def main() -> int:
@@ -108,27 +82,36 @@ def main() -> int:
     parser.add_argument("tests", nargs="*", help="default: all files of tests/kernels")
     parser.add_argument("--tool", choices=TOOLS, default="memcheck")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--jobs", type=int, default=8)
+    parser.add_argument("--jobs", type=int, default=16)
     parser.add_argument("--deadline-s", type=float, default=80.0)
-    parser.add_argument("--pytest", default="", metavar="OPTIONS", help="for every process")
+    parser.add_argument("--pytest", default="", metavar="OPTIONS", help="to choose among the tests")
     options = parser.parse_args()
     if shutil.which("compute-sanitizer") is None:
         print("compute-sanitizer is not installed: it is part of the CUDA toolkit", file=sys.stderr)
         return 2
+    began = time.monotonic()
     options.out.mkdir(parents=True, exist_ok=True)
-    tests = options.tests or [
-        str(path) for path in sorted(Path("tests/kernels").glob("test_*.py")) if not path.name.startswith(NO_KERNELS)
-    ]
-    deadline = time.monotonic() + options.deadline_s
-    print(f"{options.tool}\n| test | passed | failed | errors | | s |\n|---|---|---|---|---|---|", flush=True)
-    results = []
-    with ThreadPoolExecutor(options.jobs) as pool:
-        extra = shlex.split(options.pytest)
-        running = [pool.submit(run, options.tool, test, extra, options.out, deadline) for test in tests]
-        for future in running:
-            results.append(future.result())
-            print(row(results[-1]), flush=True)
-    return 0 if all(result.clean for result in results) else 1
+    files = [str(path) for path in sorted(Path("tests/kernels").glob("test_*.py"))]
+    files = [file for file in files if not Path(file).name.startswith(NO_KERNELS)]
+    wanted = collect(options.tests or files, shlex.split(options.pytest))
+    if not wanted:
+        print("there are no such tests", file=sys.stderr)
+        return 2
+    # Cases of one test follow each other and take alike: dealt out in turn, all processes end at about the same time.
+    hands = [hand for first in range(options.jobs) if (hand := wanted[first :: options.jobs])]
+    with ThreadPoolExecutor(len(hands)) as pool:
+        logs = [options.out / f"{options.tool}-{number}.txt" for number in range(len(hands))]
+        ending = [began + options.deadline_s] * len(hands)
+        said = list(pool.map(run, [options.tool] * len(hands), hands, logs, ending))
+    verdicts = Counter(pair for text in said for pair in VERDICT.findall(text))
+    of_file = Counter(test.partition("::")[0] for test in wanted)
+    print(f"{options.tool}, {time.monotonic() - began:.0f} s\n| file | passed | failed | cut off |\n|---|---|---|---|")
+    for file, count in of_file.items():
+        passed, failed = verdicts[file, "PASSED"], verdicts[file, "FAILED"] + verdicts[file, "ERROR"]
+        print(f"| {file} | {passed} | {failed} | {count - passed - failed} |")
+    found = [line for text in said for line in findings(text)]
+    print(*(found or ["nothing found"]), sep="\n")
+    return 0 if not found and sum(verdicts[file, "PASSED"] for file in of_file) == len(wanted) else 1
 
 
 if __name__ == "__main__":
