@@ -117,6 +117,10 @@ class RankProcess:
         self._process.kill()
         self._process.join()
 
+    def ends_within(self, timeout_s: float) -> bool:
+        self._process.join(timeout_s)
+        return self._process.exitcode is not None
+
     def last_words(self, timeout_s: float) -> str:
         """What a rank says that cannot go on."""
         while True:

@@ -99,6 +99,7 @@ def test_a_rank_on_a_gpu_ends_within_its_deadline_when_its_peer_is_killed(tiny_c
         assert time.monotonic() - began < WITHIN_S
         assert "EngineError" in said
         assert "rank 0" in said
+        assert survivor.ends_within(WITHIN_S)
     finally:
         survivor.kill()
         victim.kill()

@@ -50,7 +50,7 @@ def compare(
     decode_device: str | None = None,
     at_once: bool = True,
 ) -> None:
-    """The same requests to one engine and to a pair."""
+    """The same requests to one engine and to a pair, `at_once` or one after the other."""
     devices = {"decode": decode_device or config.device}
     rng = np.random.default_rng(7)
     prompts = [rng.integers(3, vocab, length).tolist() for length in lengths]
@@ -111,8 +111,10 @@ def test_two_engines_say_what_one_says_on_a_cpu(tiny_checkpoint: Path, numerics:
 @pytest.mark.parametrize("numerics", ["released", "plain"])
 def test_two_engines_say_what_one_says_on_a_gpu(tiny_checkpoint: Path, numerics: str, transport: str) -> None:
     config = EngineConfig(model=str(tiny_checkpoint), numerics=numerics, **TINY, **ON_GPU)  # type: ignore[arg-type]
-    # Products of unquantised numbers are the library's, and their sums depend on what else is in the batch.
-    compare(config, transport, LENGTHS, 1000, at_once=numerics == "released")
+    released = numerics == "released"
+    if not released:  # its experts are the reference, which looks at numbers on the host
+        config = msgspec.structs.replace(config, enforce_eager=True)
+    compare(config, transport, LENGTHS, 1000, at_once=released)
 
 
 @pytest.mark.gpu
@@ -127,7 +129,8 @@ def test_two_engines_say_what_one_says_at_the_width_of_flash(tmp_path: Path, tra
     engine = EngineConfig(
         model=str(tmp_path), load_format="dummy", num_pages=64, max_num_seqs=16, max_model_len=8192, **ON_GPU
     )
-    compare(engine, transport, (1, 300, 2500, 6000, 257), config.vocab_size)
+    # The router's scores are a product of the library, whose sums depend on what else is in the batch.
+    compare(engine, transport, (1, 300, 2500, 6000, 257), config.vocab_size, at_once=False)
 
 
 @pytest.mark.gpu(2)
