@@ -17,6 +17,8 @@ allows. What each says is printed when it ends and kept in DIR/STAGE.txt; DIR/su
     mixed       64 requests of 1K to 128K tokens through a Flash-wide slice, pages audited; replay and company there too
     memory      what the largest steps need
     handoff     states from one process to another through device memory, where Mooncake's CUDA wheel is installed
+    engines     what prefill and decode say in two processes, and ranks that share experts, against one process (pytest)
+    load        weights from disk to the device, against the disk
     state       each of the state kernels timed alone
 """
 
@@ -29,6 +31,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable
@@ -61,7 +64,7 @@ WARM = {"warm-64": ("64", 0), "warm-256": ("256", 0), "warm-512": ("512", 0), "w
 """Stage -> decode batch, tokens of the prompt chunk."""
 KERNEL_TESTS = ("attention_inputs", "compressor_kernels", "index_kernels", "sampling", "sparse_attention")
 TOGETHER = ("compile", "kernels", "sublayers", "engine", "exchange", *WARM)
-ALONE = ("full", "mixed", "memory", "handoff", "state")
+ALONE = ("full", "mixed", "memory", "handoff", "engines", "load", "state")
 SLACK = 0.02
 """Relative error (Frobenius) granted beyond one and a half times that of the same sublayer in bfloat16 on the CPU:
 quantised values and index choices that are near a boundary fall to either side."""
@@ -388,6 +391,18 @@ def stage_handoff() -> None:
         )  # fmt: skip
 
 
+def stage_engines() -> None:
+    if importlib.util.find_spec("mooncake") is None:
+        print("not run: Mooncake is not installed here", flush=True)
+        return
+    run_module("pytest", "-q", "-m", "gpu", "--tb=short", "-p", "no:cacheprovider", "tests/handoff")
+
+
+def stage_load() -> None:
+    with tempfile.TemporaryDirectory() as directory:
+        run_module("benchmarks.load_checkpoint", "--dir", directory)
+
+
 def run_module(module: str, *arguments: str) -> None:
     subprocess.run([sys.executable, "-m", module, *arguments], check=True)
 
@@ -414,6 +429,8 @@ def main() -> int:
             "mixed": stage_mixed,
             "memory": stage_memory,
             "handoff": stage_handoff,
+            "engines": stage_engines,
+            "load": stage_load,
             "state": partial(run_module, "benchmarks.kernels", "--only", "state", "--quick"),
         }
         stages[arguments.only]()
