@@ -117,7 +117,7 @@ def _all_counters(device: torch.device) -> Tensor:
 _streams: dict[int, int] = {}
 
 
-def _counters(device: torch.device) -> Tensor:
+def arrival_counters(device: torch.device) -> Tensor:
     """Arrival counters of split products: zero between launches, because the last arrival resets its own. Launches on
     different streams may run at the same time and have different ones."""
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
@@ -152,7 +152,7 @@ def _few_rows(
     parts = y_TN.new_empty(tiles * blocks * split * tile * block if split > 1 else 1, dtype=torch.float32)
     codes = rows.codes_RD
     _few_rows_kernel[(tiles, split, blocks)](
-        w_NK, scales_nk, codes, rows.scales_GR, y_TN, parts, _counters(w_NK.device), num_rows, outputs, channels,
+        w_NK, scales_nk, codes, rows.scales_GR, y_TN, parts, arrival_counters(w_NK.device), num_rows, outputs, channels,
         outputs // groups, stages, w_NK.stride(0), scales_nk.stride(0), codes.stride(0), rows.scales_GR.stride(0),
         y_TN.stride(0), TILE=tile, ROWS=block, SPLIT=split, EVEN=outputs % tile == 0 and channels % BLOCK == 0,
         BF16=y_TN.dtype == torch.bfloat16, INTERPRET=INTERPRET, num_warps=4, num_stages=4,

@@ -39,11 +39,11 @@ class Attention:
         self.pending_compressor: PendingCompressor | None = None
         self.projections: StackedWeight | None = None
         if kind == "csa":
-            rows = (*[2 * dim] * 2, *[2 * config.index_head_dim] * 2)
+            rows = (*[2 * dim] * 2, *[2 * config.index_head_dim] * 2, config.index_n_heads)
             self.projections = StackedWeight(rows, config.hidden_size, numerics)
             self.overlap_compressor = OverlapCompressor(self.projections, 0, frequencies, eps, numerics)
             index_compressor = OverlapCompressor(self.projections, 2, frequencies, eps, numerics)
-            self.indexer = Indexer(config, index_compressor, frequencies, numerics)
+            self.indexer = Indexer(config, self.projections, 4, index_compressor, frequencies, numerics)
         elif kind == "hca":
             self.projections = StackedWeight((dim, dim), config.hidden_size, numerics)
             self.pending_compressor = PendingCompressor(self.projections, 0, frequencies, eps, numerics)
@@ -77,7 +77,7 @@ class Attention:
         if self.indexer is not None:
             branch.fork()
             with branch:
-                selected = self.indexer(x.plain, normed, projected, state, context)
+                selected = self.indexer(normed, projected, state, context)
         query = self.wq_b(normed.for_fp8).unflatten(-1, (config.num_attention_heads, config.head_dim))
         query, chunk = attention_inputs(
             query, row, self.kv_norm.value, angles, config.rms_norm_eps, state.window, index, simulate=context.simulate
@@ -95,7 +95,7 @@ class Attention:
     def _compress(
         self, projections: StackedWeight, x_TD: Tensor, state: LayerState, context: ForwardContext
     ) -> tuple[Tensor, ...]:
-        """Advances the layer's entries; -> what the compressors' matrices made of the input."""
+        """Advances the layer's entries; -> what the layer's float32 projections made of the input."""
         projected = projections(x_TD)
         assert state.entries is not None
         if self.overlap_compressor is not None:
