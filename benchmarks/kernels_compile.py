@@ -30,6 +30,7 @@ from triton.runtime.jit import JITFunction
 from kernels.batch_index import BatchIndex
 from kernels.compressor import EntryTarget
 from kernels.exchange_rows import RowFormat
+from kernels.gpu_indexer import select_entries_gpu
 from kernels.packed_rows import PackedRows, PoolFormat
 from kernels.rope import rope_angles
 from kernels.sampling import Truncation
@@ -38,7 +39,6 @@ from kernels.triton_compressor import compress_overlapping_triton, compress_pend
 from kernels.triton_exchange_rows import add_sums_gpu, pack_rows_gpu
 from kernels.triton_gate import pick_experts
 from kernels.triton_index_query import index_query_triton
-from kernels.triton_indexer import select_entries_triton
 from kernels.triton_norm import rms_norm_triton
 from kernels.triton_rotary import rotate_in_place
 from kernels.triton_rows import insert_window_triton, store_rows_triton
@@ -173,7 +173,7 @@ def _indexer(index: BatchIndex, key: PoolFormat) -> None:
     tokens, keys = index.num_tokens, _pool(64, 128, key)
     query = torch.zeros(tokens, 64, 128, dtype=BF16)
     query = index_query_triton(query, rope_angles(index.positions_T, torch.ones(32)), keys, simulate=True)
-    select_entries_triton(query, torch.zeros(tokens, 64), keys, index, 4, 512)
+    select_entries_gpu(query, torch.zeros(tokens, 64), keys, index, 4, 512)
 
 
 def _small() -> None:

@@ -13,7 +13,8 @@ from benchmarks.kernels_timing import Call, Table, graph_us, isolated_us
 from kernels.attention_inputs import attention_inputs
 from kernels.batch_index import BatchIndex
 from kernels.compressor import EntryTarget, compress_overlapping, compress_pending
-from kernels.indexer import index_query
+from kernels.gpu_indexer import index_scores_hopper, top_entries_hopper, top_fits_hopper
+from kernels.indexer import PackedQuery, index_query
 from kernels.packed_rows import PackedRows, PoolFormat
 from kernels.rope import rope_angles
 from kernels.triton_index_scores import index_scores
@@ -121,15 +122,22 @@ def _indexer(rows: _Rows, index: BatchIndex, angles: tuple[Tensor, Tensor], form
     scores = torch.randn(tokens, most, device="cuda")
     for form in formats:
         keys = _pool(index.page_table.numel(), PAGE_TOKENS // 4, INDEX_WIDTH, form)
-        call = partial(index_query, raw, angles, keys, simulate=True)
-        rows.add(f"index query, {form}", call, 4.0 * raw.numel())
         query = index_query(raw.clone(), angles, keys, simulate=True)
-        call = partial(index_scores, query, weights, keys, index, 4, TOPK, scores, 0)
+        packed = isinstance(query, PackedQuery)
+        query_bytes = raw.numel() * (1 if packed else 2)
+        rows.add(
+            f"index query, {form}",
+            partial(index_query, raw, angles, keys, simulate=True),
+            2.0 * raw.numel() + query_bytes,
+        )
+        compute = index_scores_hopper if packed else index_scores
+        call = partial(compute, query, weights, keys, index, 4, TOPK, scores, 0)  # type: ignore[arg-type]
         record = 68 if form == "key_mxfp4" else 132
-        read = record * (visible if index.one_token_each else most) + 2.0 * raw.numel()
+        read = record * (visible if index.one_token_each else most) + query_bytes
         flop = 2.0 * visible * INDEX_HEADS * INDEX_WIDTH
-        unit = "fp8" if form == "key_fp8" else "bf16"
+        unit = "fp8" if packed or form == "key_fp8" else "bf16"
         rows.add(f"index scores, {form}", call, read + 4 * visible, flop, unit, SCORE_PEERS[tokens])
     chosen = torch.empty(tokens, TOPK, dtype=torch.int32, device="cuda")
-    call = partial(top_entries, scores, index.positions_T, 4, TOPK, chosen)
-    rows.add(f"top-512 of {most}", call, 4 * (visible + TOPK * tokens), peer=TOP_PEERS[tokens])
+    choose = top_entries_hopper if top_fits_hopper(scores, TOPK) else top_entries
+    call = partial(choose, scores, index.positions_T, 4, TOPK, chosen)
+    rows.add(f"top-{TOPK} of {most}", call, 4 * (visible + TOPK * tokens), peer=TOP_PEERS[tokens])

@@ -8,6 +8,8 @@ keys at decode, by the products at prefill.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -22,16 +24,32 @@ MAX_LOGITS = 1 << 24
 """Head logits the twin holds at once."""
 
 
+@dataclass(frozen=True, eq=False)
+class PackedQuery:
+    """Quantised queries of 64 heads x 128 channels as the Hopper kernel takes them: value = e4m3 code * scale."""
+
+    codes: Tensor
+    """uint8 [T, H * D], in the order of kernels/cuda/index_query.cu."""
+    scales_TH: Tensor
+    """float32 powers of two."""
+
+
 def index_query_ref(query_THD: Tensor, angles: tuple[Tensor, Tensor], keys: PackedRows, *, simulate: bool) -> Tensor:
     query_THD = rope(query_THD, *angles)
     return simulate_row(keys, hadamard(query_THD)) if simulate else query_THD
 
 
-def index_query(query_THD: Tensor, angles: tuple[Tensor, Tensor], keys: PackedRows, *, simulate: bool) -> Tensor:
+def index_query(
+    query_THD: Tensor, angles: tuple[Tensor, Tensor], keys: PackedRows, *, simulate: bool
+) -> Tensor | PackedQuery:
     """Queries [T, H, D] as projected -> rotated and, with `simulate`, Hadamard-transformed and rounded as the keys are.
-    The input may be overwritten."""
+    The input may be overwritten. What is returned is for select_entries with these keys."""
     if use_triton(query_THD):
+        from kernels.gpu_indexer import fits_hopper, index_query_hopper
         from kernels.triton_index_query import fits, index_query_triton
+
+        if simulate and fits_hopper(query_THD, keys, 2 * angles[0].shape[1]):
+            return index_query_hopper(query_THD, angles, keys)
 
         if fits(query_THD, keys):
             return index_query_triton(query_THD, angles, keys, simulate=simulate)
@@ -106,13 +124,18 @@ def _read_keys(keys: PackedRows, index: BatchIndex, request: int, count: int, ra
 
 
 def select_entries(
-    q_THD: Tensor, weights_TH: Tensor, keys: PackedRows, index: BatchIndex, ratio: int, topk: int
+    query: Tensor | PackedQuery, weights_TH: Tensor, keys: PackedRows, index: BatchIndex, ratio: int, topk: int
 ) -> Tensor:
-    """q [T, H, D] rotated (and quantised as the keys are); weights float32 [T, H]; -> int32 [T, <= topk], -1 = none."""
-    if use_triton(q_THD):
-        from kernels.triton_index_scores import fits
-        from kernels.triton_indexer import select_entries_triton
+    """query: from index_query, or [T, H, D] rotated (and quantised as the keys are); weights float32 [T, H];
+    -> int32 [T, <= topk], -1 = none."""
+    if isinstance(query, PackedQuery):
+        from kernels.gpu_indexer import select_entries_gpu
 
-        if fits(q_THD, keys):
-            return select_entries_triton(q_THD, weights_TH, keys, index, ratio, topk)
-    return select_entries_ref(q_THD, weights_TH, keys, index, ratio, topk)
+        return select_entries_gpu(query, weights_TH, keys, index, ratio, topk)
+    if use_triton(query):
+        from kernels.gpu_indexer import select_entries_gpu
+        from kernels.triton_index_scores import fits
+
+        if fits(query, keys):
+            return select_entries_gpu(query, weights_TH, keys, index, ratio, topk)
+    return select_entries_ref(query, weights_TH, keys, index, ratio, topk)

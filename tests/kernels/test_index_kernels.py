@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernels import triton_indexer
+from kernels import gpu_indexer
+from kernels.gpu_indexer import select_entries_gpu
 from kernels.indexer import all_entries, index_query_ref, index_scores_ref, select_entries_ref, top_entries_ref
 from kernels.packed_rows import read_rows_ref, write_rows_ref
 from kernels.rope import rope_angles
 from kernels.triton_index_query import fits, index_query_triton
 from kernels.triton_index_scores import index_scores
-from kernels.triton_indexer import select_entries_triton
 from kernels.triton_top_entries import top_entries
 from tests.kernels.state_batches import KEY_FORMATS, PAGE_TOKENS, batch, moved, pool, pool_copy
 
@@ -131,12 +131,12 @@ def test_no_tokens_choose_nothing(device):
     index = moved(batch([(30, 0)]), device)
     query, weights = torch.empty(0, 4, 128, device=device).bfloat16(), torch.empty(0, 4, device=device)
     keys = pool_copy(pool(2, 8, 128, "bf16", 0), device)
-    assert select_entries_triton(query, weights, keys, index, RATIO, 3).shape == (0, 3)
+    assert select_entries_gpu(query, weights, keys, index, RATIO, 3).shape == (0, 3)
 
 
 def _check_selection(device, index, form, heads, width, topk):
     keys, (query, weights) = _keys(index, form, width), _queries(index, heads, width, form)
-    got = select_entries_triton(
+    got = select_entries_gpu(
         query.to(device), weights.to(device), pool_copy(keys, device), moved(index, device), RATIO, topk
     ).cpu()
     expected = select_entries_ref(query.clone(), weights, keys, index, RATIO, topk)
@@ -162,16 +162,16 @@ def test_selection_in_pieces_is_the_same(device, monkeypatch):
     index = batch(MIXED)
     keys, (query, weights) = _keys(index, "key_mxfp4", 128), _queries(index, 4, 128, "key_mxfp4")
     inputs = (query.to(device), weights.to(device), pool_copy(keys, device), moved(index, device), RATIO, 5)
-    whole = select_entries_triton(*inputs)
-    monkeypatch.setattr(triton_indexer, "MAX_SCORES", 3 * index.page_table.shape[1] * PAGE_TOKENS // RATIO)
-    assert torch.equal(select_entries_triton(*inputs), whole)
+    whole = select_entries_gpu(*inputs)
+    monkeypatch.setattr(gpu_indexer, "MAX_SCORES", 3 * index.page_table.shape[1] * PAGE_TOKENS // RATIO)
+    assert torch.equal(select_entries_gpu(*inputs), whole)
 
 
 def test_short_histories_need_no_scores(device):
     index = moved(batch([(20, 2), (0, 1)]), device)
     query, weights = torch.full((3, 4, 128), torch.nan, device=device).bfloat16(), torch.ones(3, 4, device=device)
     keys = pool_copy(pool(4, 8, 128, "bf16", 0), device)
-    selected = select_entries_triton(query, weights, keys, index, RATIO, 30)
+    selected = select_entries_gpu(query, weights, keys, index, RATIO, 30)
     assert [[entry for entry in line if entry >= 0] for line in selected.tolist()] == [[*range(5)], [*range(5)], []]
     assert torch.equal(selected[:, :5], all_entries(index, RATIO)[:, :5])
 
