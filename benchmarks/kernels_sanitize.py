@@ -7,9 +7,10 @@ racecheck   shared memory that two threads access without a barrier between
 initcheck   reads of device memory that nothing has written
 synccheck   barriers that not all threads reach that should
 
-The tests (all of tests/kernels unless named, as pytest names them) are dealt to processes that run side by side.
-Kernels of other libraries are not checked, but for memory. What a process said is in DIR/TOOL-NUMBER.txt. The table
-says what became of the tests of each file; findings follow. The exit code is 0 if there were none and all tests passed.
+The tests (all of tests/kernels unless named, as pytest names them) are dealt to processes that run side by side, one
+case of each test before a second one of any. Kernels of other libraries are not checked, but for memory. What a process
+said is in DIR/TOOL-NUMBER.txt. The table says what became of the tests of each file; findings follow. The exit code is
+0 if there were none and all tests passed.
 """
 
 from __future__ import annotations
@@ -29,11 +30,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
-NOT_OURS = ("at6native", "at::native", "cutlass", "cublas", "nvjet", "splitKreduce", "cub::", "3cub")
-"""Parts of the names of other libraries' kernels."""
+OURS = ("_kernel", "hyper_")
+"""Parts of the names of our kernels. Products of other libraries crash under the checkers of shared memory."""
 NO_KERNELS = ("test_compile.py", "test_twins_")
 PYTEST = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]
-FRAME = "========="
+FRAME = re.compile(r"(?:^|\s)={9}(?: |$)")
+"""What a checker says may follow the name of the test that runs."""
 NO_FINDING = re.compile(r"(COMPUTE-SANITIZER|\w+ SUMMARY: 0 |Target application returned an error|$)")
 VERDICT = re.compile(r"^(tests/\S+\.py)::.* (PASSED|FAILED|ERROR)", re.MULTILINE)
 
@@ -45,11 +47,20 @@ def collect(tests: Sequence[str], options: Sequence[str]) -> list[str]:
     return [line for line in said.splitlines() if "::" in line]
 
 
+def in_turns(tests: Sequence[str]) -> list[str]:
+    """A middle case of every test, then its neighbours: what a deadline cuts off are further cases of the same."""
+    cases: dict[str, list[str]] = {}
+    for test in tests:
+        cases.setdefault(test.partition("[")[0], []).append(test)
+    distance = {test: abs(2 * place - len(same) + 1) for same in cases.values() for place, test in enumerate(same)}
+    return sorted(tests, key=distance.__getitem__)
+
+
 def command(tool: str, tests: Sequence[str]) -> list[str]:
     checker = ["compute-sanitizer", "--tool", tool, "--print-limit", "20", "--target-processes", "all"]
     if tool != "memcheck":
-        for part in NOT_OURS:
-            checker += ["--kernel-regex-exclude", f"kns={part}"]
+        for part in OURS:
+            checker += ["--kernel-regex", f"kns={part}"]
     return [*checker, *PYTEST, "-vv", "--tb=short", *tests]
 
 
@@ -73,7 +84,7 @@ def run(tool: str, tests: Sequence[str], log: Path, deadline: float) -> str:
 
 def findings(said: str) -> list[str]:
     """What a checker reported, line by line, also one that was cut off."""
-    lines = [line.removeprefix(FRAME).strip() for line in said.splitlines() if line.startswith(FRAME)]
+    lines = [line[frame.end() :].strip() for line in said.splitlines() if (frame := FRAME.search(line))]
     return [line for line in lines if not NO_FINDING.match(line)]
 
 
@@ -97,8 +108,7 @@ def main() -> int:
     if not wanted:
         print("there are no such tests", file=sys.stderr)
         return 2
-    # Cases of one test follow each other and take alike: dealt out in turn, all processes end at about the same time.
-    hands = [hand for first in range(options.jobs) if (hand := wanted[first :: options.jobs])]
+    hands = [hand for first in range(options.jobs) if (hand := in_turns(wanted)[first :: options.jobs])]
     with ThreadPoolExecutor(len(hands)) as pool:
         logs = [options.out / f"{options.tool}-{number}.txt" for number in range(len(hands))]
         ending = [began + options.deadline_s] * len(hands)
