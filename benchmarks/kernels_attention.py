@@ -11,6 +11,7 @@ from benchmarks.kernels_timing import Call, Table, graph_us, isolated_us
 from kernels.batch_index import BatchIndex
 from kernels.gpu_attention import sparse_attention_hopper
 from kernels.packed_rows import PackedRows
+from kernels.rope import rope_angles
 from kernels.triton_sparse_attention import sparse_attention_triton
 
 HEADS, WIDTH, WINDOW, CONTEXT, PAGE_TOKENS, ROW_BYTES = 64, 512, 128, 8192, 256, 584
@@ -34,10 +35,13 @@ def run(table: Table, quick: bool = False) -> None:
     for kind, (ratio, listed) in KINDS.items():
         for batch in (64, 256, 512, 16384):
             inputs = _inputs(ratio, listed, batch)
+            angles = rope_angles(inputs[4].positions_T, torch.linspace(1.0, 0.001, 32, device="cuda"))
             calls: dict[str, Call] = {
                 "CUDA": partial(sparse_attention_hopper, *inputs),
+                "CUDA, into e4m3": partial(sparse_attention_hopper, *(*inputs, angles)),
                 "Triton": partial(sparse_attention_triton, *inputs),
             }
+            torch.cuda.synchronize()
             decode = batch <= 512
             for name, call in calls.items():
                 if name == "Triton" and (quick or not decode):
@@ -47,7 +51,7 @@ def run(table: Table, quick: bool = False) -> None:
                 flop = 4.0 * batch * HEADS * WIDTH * keys
                 # At prefill, rows are read once from memory; the rest of their reads hit L2.
                 read = batch * keys * ROW_BYTES if decode else (batch + (CONTEXT // max(1, ratio))) * ROW_BYTES
-                num_bytes = read + 4 * batch * HEADS * WIDTH
+                num_bytes = read + (3 if name.endswith("e4m3") else 4) * batch * HEADS * WIDTH
                 shape = f"{'B' if decode else 'T'}={batch}, {keys} keys"
                 how = "graph" if decode else "isolated"
                 table.add(f"attention {kind}, {name}", shape, us, num_bytes, flop, "bf16", PEERS[kind][batch], how)
@@ -77,7 +81,7 @@ def _inputs(ratio: int, listed: int, batch: int) -> tuple[Any, ...]:
     query = torch.randn(batch, HEADS, WIDTH, device="cuda").bfloat16()
     sink = torch.randn(HEADS, device="cuda")
     if not ratio:
-        return query, chunk, ring, sink, index, WIDTH**-0.5
+        return query, chunk, ring, sink, index, WIDTH**-0.5, None, None, 0
     per_page = PAGE_TOKENS // ratio
     entries = _pool(num_pages, per_page)
     visible = (index.positions_T + 1) // ratio

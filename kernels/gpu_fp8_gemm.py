@@ -116,11 +116,11 @@ def fp8_gemm_gpu(x: Tensor | QuantizedRows, codes_NK: Tensor, scales_nk: Tensor)
 
 
 def grouped_output_fp8_gpu(
-    x_THD: Tensor, angles: tuple[Tensor, Tensor], codes_NK: Tensor, scales_nk: Tensor
+    x_THD: Tensor | QuantizedRows, angles: tuple[Tensor, Tensor], codes_NK: Tensor, scales_nk: Tensor
 ) -> Tensor | QuantizedRows:
     """kernels.grouped_output.grouped_output_fp8: bf16 activations stay quantised."""
-    groups = x_THD.shape[1] * x_THD.shape[2] // codes_NK.shape[1]
-    rows = inverse_rope_quantize(x_THD, *angles)
-    if x_THD.dtype == torch.bfloat16:
+    rows = x_THD if isinstance(x_THD, QuantizedRows) else inverse_rope_quantize(x_THD, *angles)
+    groups = rows.codes_RD.shape[1] // codes_NK.shape[1]
+    if isinstance(x_THD, QuantizedRows) or x_THD.dtype == torch.bfloat16:
         return fp8_product_codes(rows, codes_NK, scales_nk, groups)
     return fp8_product_gpu(rows, codes_NK, scales_nk, x_THD.dtype, groups)

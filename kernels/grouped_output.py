@@ -48,11 +48,12 @@ def grouped_output_fp8_ref(x_THD: Tensor, angles: tuple[Tensor, Tensor], codes_N
 
 
 def grouped_output_fp8(
-    x_THD: Tensor, angles: tuple[Tensor, Tensor], codes_NC: Tensor, scales_nc: Tensor
+    x_THD: Tensor | QuantizedRows, angles: tuple[Tensor, Tensor], codes_NC: Tensor, scales_nc: Tensor
 ) -> Tensor | QuantizedRows:
-    """codes uint8 [N, C]; scales uint8 [N / 128, C / 128], N / G, C multiples of 128. x may be overwritten. -> like x,
-    or, from a GPU kernel, bf16 values quantised for kernels.fp8_gemm."""
-    if use_triton(x_THD):
+    """codes uint8 [N, C]; scales uint8 [N / 128, C / 128], N / G, C multiples of 128. x may be overwritten, or
+    rotated back and quantised already (kernels.sparse_attention.sparse_attention_for_fp8). -> like x, or, from a GPU
+    kernel, bf16 values quantised for kernels.fp8_gemm."""
+    if isinstance(x_THD, QuantizedRows) or use_triton(x_THD):
         from kernels.gpu_fp8_gemm import grouped_output_fp8_gpu
 
         return grouped_output_fp8_gpu(x_THD, angles, codes_NC, scales_nc)

@@ -22,6 +22,7 @@ from kernels.batch_index import BatchIndex, ranges
 from kernels.dispatch import use_triton
 from kernels.indexer import all_entries
 from kernels.packed_rows import PackedRows, read_rows
+from kernels.quantize import QuantizedRows
 
 MAX_GATHERED = 1 << 24
 """Key elements the twin gathers at once; longer batches go in pieces."""
@@ -135,7 +136,30 @@ def sparse_attention(
     if use_triton(q_THD) and _fits_gpu(q_THD, window):
         from kernels.gpu_attention import sparse_attention_gpu
 
-        return sparse_attention_gpu(q_THD, chunk, window, sink_H, index, scale, entries, selected_TK, ratio)
+        output = sparse_attention_gpu(q_THD, chunk, window, sink_H, index, scale, entries, selected_TK, ratio)
+        assert isinstance(output, Tensor)
+        return output
+    return sparse_attention_ref(q_THD, chunk, window, sink_H, index, scale, entries, selected_TK, ratio)
+
+
+def sparse_attention_for_fp8(
+    q_THD: Tensor,
+    chunk: PackedRows,
+    window: PackedRows,
+    sink_H: Tensor,
+    index: BatchIndex,
+    scale: float,
+    entries: PackedRows | None,
+    selected_TK: Tensor | None,
+    ratio: int,
+    angles: tuple[Tensor, Tensor],
+) -> Tensor | QuantizedRows:
+    """sparse_attention as an FP8 output projection takes it: heads rotated back by the angles (cos, sin), then
+    QuantizedRows [T, H D], where a GPU kernel leaves them so. Elsewhere sparse_attention, not rotated."""
+    if use_triton(q_THD) and _fits_gpu(q_THD, window):
+        from kernels.gpu_attention import sparse_attention_gpu
+
+        return sparse_attention_gpu(q_THD, chunk, window, sink_H, index, scale, entries, selected_TK, ratio, angles)
     return sparse_attention_ref(q_THD, chunk, window, sink_H, index, scale, entries, selected_TK, ratio)
 
 

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from kernels.batch_index import BatchIndex
 from kernels.packed_rows import PackedRows
-from kernels.triton_common import INTERPRET, dot_operand, from_exponent_byte, to_bf16
+from kernels.triton_common import INTERPRET, dot_operand, from_exponent_byte, power_of_two_scale, to_bf16, to_e4m3
 from kernels.triton_fp8_gemm import num_multiprocessors
+from kernels.triton_rows import rotate
 
 CHANNEL_BLOCK = 64
 BLOCK_KEYS = 32
@@ -146,8 +147,8 @@ def _attention_kernel(
 
 @triton.jit
 def _join_kernel(
-    parts, part_tops, part_norms, sink, output, num_heads, splits,
-    SPLITS: tl.constexpr, WIDTH: tl.constexpr, INTERPRET: tl.constexpr,
+    parts, part_tops, part_norms, sink, output, scales, cos, sin, num_heads, splits, stride_scales,
+    SPLITS: tl.constexpr, WIDTH: tl.constexpr, ROPE: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     channel = tl.arange(0, WIDTH)
@@ -160,8 +161,38 @@ def _join_kernel(
     norms = tl.load(part_norms + place, mask=split < splits, other=0.0)
     norm = tl.sum(norms * shrink, axis=0) + tl.exp2(sunk - final)
     rows = tl.load(parts + place[:, None] * WIDTH + channel[None, :], mask=(split < splits)[:, None], other=0.0)
-    result = tl.sum(rows * (shrink / norm)[:, None], axis=0)
-    tl.store(output + (token * num_heads + head) * WIDTH + channel, to_bf16(result, INTERPRET))
+    result = to_bf16(tl.sum(rows * (shrink / norm)[:, None], axis=0), INTERPRET)
+    target = output + (token * num_heads + head) * WIDTH + channel
+    if ROPE:
+        groups: tl.constexpr = WIDTH // 128
+        turned = rotate(tl.reshape(result.to(tl.float32), (1, WIDTH)), cos, sin, token, ROPE, True)
+        blocks = tl.reshape(to_bf16(turned, INTERPRET).to(tl.float32), (groups, 128))
+        scale = power_of_two_scale(tl.maximum(tl.max(tl.abs(blocks), axis=1), 1e-4), 1.0 / 448.0)
+        tl.store(target, tl.reshape(to_e4m3(blocks * (1.0 / scale)[:, None], INTERPRET), (WIDTH,)))
+        group = (head * groups + tl.arange(0, groups)).to(tl.int64)
+        tl.store(scales + group * stride_scales + token, scale)
+    else:
+        tl.store(target, result)
+
+
+def join_parts(
+    parts: Tensor,
+    tops: Tensor,
+    norms: Tensor,
+    sink_H: Tensor,
+    output_THD: Tensor,
+    scales: Tensor,
+    angles: tuple[Tensor, Tensor] | None,
+) -> None:
+    """Sums of parts of the keys, float32 [T, splits, H, D], with their highest logits (in powers of two) and norms
+    [T, splits, H], into the output; with angles (cos, sin), rotated back into e4m3 and scales [H D / 128, T]."""
+    num_tokens, splits, num_heads, width = parts.shape
+    cos, sin = angles or (scales, scales)
+    _join_kernel[(num_tokens, num_heads)](
+        parts, tops, norms, sink_H, output_THD, scales, cos, sin, num_heads, splits, scales.stride(0),
+        SPLITS=triton.next_power_of_2(splits), WIDTH=width, ROPE=2 * cos.shape[1] if angles else 0,
+        INTERPRET=INTERPRET, num_warps=4,
+    )  # fmt: skip
 
 
 def _views(pool: PackedRows) -> tuple[Tensor, Tensor, Tensor]:
@@ -246,8 +277,5 @@ def sparse_attention_triton(
         num_warps=8 if width > 128 else 4, num_stages=2,
     )  # fmt: skip
     if splits > 1:
-        _join_kernel[(num_tokens, num_heads)](
-            parts, tops, norms, sink_H, output, num_heads, splits, SPLITS=splits, WIDTH=width, INTERPRET=INTERPRET,
-            num_warps=4,
-        )  # fmt: skip
+        join_parts(parts, tops, norms, sink_H, output, norms[0], None)
     return output

@@ -10,7 +10,7 @@ from torch import Tensor
 from kernels.activations import Activations
 from kernels.attention_inputs import attention_inputs
 from kernels.rms_norm import rms_norm_activations
-from kernels.sparse_attention import sparse_attention
+from kernels.sparse_attention import sparse_attention, sparse_attention_for_fp8
 from kernels.window_ring import insert_window
 from model.compressor import OverlapCompressor, PendingCompressor
 from model.config import ModelConfig
@@ -84,9 +84,10 @@ class Attention:
         )
         # An entry closed by a token of this pass is visible to that token: state first, then attention.
         branch.join()
-        output = sparse_attention(
-            query, chunk, state.window, self.attn_sink.value, index, self._scale, state.entries, selected, self._ratio
-        )
+        inputs = (
+            query, chunk, state.window, self.attn_sink.value, index, self._scale, state.entries, selected, self._ratio,
+        )  # fmt: skip
+        output = sparse_attention_for_fp8(*inputs, angles) if self.wo_a.takes_codes else sparse_attention(*inputs)
         if not index.one_token_each:
             # Only now: a chunk longer than the window overwrites rows that its own first tokens still read.
             insert_window(chunk, state.window, index)

@@ -156,12 +156,18 @@ class GroupedOutput(Linear):
         how = numerics if numerics.fp8_output else numerics._replace(packed=False, simulate=False)
         super().__init__(config.o_groups * config.o_lora_rank, columns, how)
 
-    def from_heads(self, x_THD: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor | QuantizedRows:
+    @property
+    def takes_codes(self) -> bool:
+        """Whether heads may come quantised, rotated back already."""
+        return self.codes is not None
+
+    def from_heads(self, x_THD: Tensor | QuantizedRows, angles: tuple[Tensor, Tensor]) -> Tensor | QuantizedRows:
         """Heads as attention leaves them, and the angles to rotate them back by; x may be overwritten. -> [T, outputs],
         for the second half."""
         if self.codes is not None and self.scales is not None:
             return grouped_output_fp8(x_THD, angles, self.codes, self.scales)
         assert self.weight is not None
+        assert isinstance(x_THD, Tensor)
         return grouped_output(x_THD, angles, self.weight, simulate=self._numerics.simulate)
 
 

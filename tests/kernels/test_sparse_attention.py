@@ -6,12 +6,16 @@ import pytest
 import torch
 
 from kernels.batch_index import BatchIndex
-from kernels.gpu_attention import fits_hopper, sparse_attention_hopper
+from kernels.gpu_attention import fits_hopper, sparse_attention_hopper, table_rows, widening_pays
 from kernels.gpu_attention import splits_for as hopper_splits_for
 from kernels.indexer import all_entries
 from kernels.packed_rows import PackedRows, write_rows
-from kernels.sparse_attention import sparse_attention_ref
-from kernels.triton_sparse_attention import sparse_attention_triton, splits_for
+from kernels.quantize import QuantizedRows, decode_e4m3
+from kernels.rope import rope_angles
+from kernels.sparse_attention import sparse_attention_for_fp8, sparse_attention_ref
+from kernels.triton_quantize import scale_stride
+from kernels.triton_rotary import inverse_rope_quantize
+from kernels.triton_sparse_attention import join_parts, sparse_attention_triton, splits_for
 
 PAGE_TOKENS, RATIO = 32, 4
 
@@ -165,16 +169,139 @@ def test_the_hopper_kernel_is_not_offered_other_shapes(device):
     assert not fits_hopper(torch.empty(1, 64, 128, dtype=torch.bfloat16, device=device), window)
 
 
+def _angles(index):
+    frequencies = torch.linspace(1.0, 0.001, 32, device=index.positions_T.device)
+    return rope_angles(index.positions_T, frequencies)
+
+
+def _values(rows: QuantizedRows):
+    """Quantised rows -> float32 [T, D]."""
+    codes = decode_e4m3(rows.codes_RD.view(torch.uint8)).unflatten(1, (-1, 128))
+    return (codes * rows.scales_GR[:, : codes.shape[0]].T[..., None]).flatten(1)
+
+
+@pytest.mark.parametrize("splits", [2, 3, 8])
+def test_joined_parts_are_rotated_back_and_quantised_like_the_output(generator, device, splits):
+    tokens, heads, width = 5, 3, 256
+    shape = (tokens, splits, heads)
+    parts = torch.randn(*shape, width, generator=generator, device=device)
+    tops = 3 * torch.randn(shape, generator=generator, device=device)
+    norms = 1 + torch.rand(shape, generator=generator, device=device)
+    sink = torch.randn(heads, generator=generator, device=device)
+    angles = rope_angles(torch.arange(tokens, device=device) + 7, torch.linspace(1.0, 0.01, 32, device=device))
+    plain = torch.full((tokens, heads, width), torch.nan, dtype=torch.bfloat16, device=device)
+    codes = torch.zeros(tokens, heads, width, dtype=torch.uint8, device=device).view(torch.float8_e4m3fn)
+    scales = torch.full((heads * width // 128, scale_stride(tokens)), torch.nan, device=device)
+    join_parts(parts, tops, norms, sink, plain, scales, None)
+    join_parts(parts, tops, norms, sink, codes, scales, angles)
+    expected = inverse_rope_quantize(plain, *angles)
+    assert torch.equal(codes.flatten(1).view(torch.uint8), expected.codes_RD.view(torch.uint8))
+    assert torch.equal(scales[:, :tokens], expected.scales_GR[:, :tokens])
+
+
+def test_rows_are_widened_only_where_each_is_read_often():
+    def index(tokens: int, requests: int, pages: int) -> BatchIndex:
+        return BatchIndex(
+            token_request_T=torch.zeros(tokens, dtype=torch.int32),
+            positions_T=torch.zeros(tokens, dtype=torch.int64),
+            query_start=torch.zeros(requests + 1, dtype=torch.int32),
+            context_len_B=torch.zeros(requests, dtype=torch.int32),
+            slot_ids_B=torch.zeros(requests, dtype=torch.int32),
+            page_table=torch.zeros(requests, pages, dtype=torch.int32),
+            page_tokens=256,
+        )
+
+    assert table_rows(index(1000, 2, 8), 128, 64) == 2 * 128 + 1000 + 2 * 8 * 64
+    assert table_rows(index(1000, 2, 8), 128, 0) == 2 * 128 + 1000
+    assert widening_pays(index(16384, 1, 64), 128, 512, 64)
+    assert widening_pays(index(16384, 1, 64), 128, 0, 2)
+    assert not widening_pays(index(64, 1, 64), 128, 512, 64)  # too few tokens
+    assert not widening_pays(index(512, 64, 512), 128, 512, 64)  # entries of long requests, for few tokens
+    assert not widening_pays(index(16384, 1, 4096), 128, 512, 64)  # too large a table
+
+
+def test_what_leaves_heads_unquantised_leaves_them_unrotated(generator, device):
+    query, chunk, ring, sink, index, entries, selected = _case(
+        generator, device, [(40, 2), (0, 3)], heads=4, width=128, window=16, listed=8, form="kv_fp8"
+    )
+    got = sparse_attention_for_fp8(
+        query, chunk, ring, sink, index, 0.1, entries, selected, RATIO, _angles(index)
+    )  # fmt: skip
+    expected = sparse_attention_ref(query.float(), chunk, ring, sink, index, 0.1, entries, selected, RATIO)
+    assert isinstance(got, torch.Tensor)
+    assert _relative(got, expected) < 6e-3
+
+
+HOPPER = {
+    "direct": {"widened": False, "splits": 1},
+    "in 2 parts": {"widened": False, "splits": 2},
+    "in 8 parts": {"widened": False, "splits": 8},
+    "widened": {"widened": True},
+}
+LARGE = {"decode": [(700, 1), (3000, 1), (0, 1)], "chunk": [(100, 70), (0, 3)], "mixed": [(0, 150), (700, 1), (33, 61)]}
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("kernel", ["hopper", "triton"])
-@pytest.mark.parametrize("splits", [1, 2, 8])
-@pytest.mark.parametrize("batch", [[(700, 1), (3000, 1), (0, 1)], [(100, 70), (0, 3)]], ids=["decode", "chunk"])
-def test_attention_matches_at_the_released_size(generator, device, batch, splits, kernel):
+@pytest.mark.parametrize("how", HOPPER.values(), ids=HOPPER.keys())
+@pytest.mark.parametrize("batch", LARGE.values(), ids=LARGE.keys())
+def test_the_hopper_kernels_match_the_reference(generator, device, batch, how):
     query, chunk, ring, sink, index, entries, selected = _case(
         generator, device, batch, heads=64, width=512, window=128, listed=512, form="kv_fp8"
     )
-    run = sparse_attention_hopper if kernel == "hopper" else sparse_attention_triton
+    angles = _angles(index)
+    for pool, chosen, ratio in ((entries, selected, RATIO), (entries, None, RATIO), (None, None, 0)):
+        poison = torch.full((query.numel() * 8,), torch.nan, device=device)  # what outputs and scratch are made of next
+        del poison
+        got = sparse_attention_hopper(
+            query, chunk, ring, sink, index, 512**-0.5, pool, chosen, ratio, **how
+        )  # fmt: skip
+        rows = sparse_attention_hopper(query, chunk, ring, sink, index, 512**-0.5, pool, chosen, ratio, angles, **how)
+        expected = sparse_attention_ref(query.float(), chunk, ring, sink, index, 512**-0.5, pool, chosen, ratio)
+        assert isinstance(got, torch.Tensor)
+        assert isinstance(rows, QuantizedRows)
+        assert _relative(got, expected) < 6e-3
+        quantised = inverse_rope_quantize(got, *angles)
+        assert torch.equal(rows.scales_GR[:, : len(got)], quantised.scales_GR[:, : len(got)])
+        assert _relative(_values(rows), _values(quantised)) < 1e-3
+
+
+@pytest.mark.gpu
+def test_a_token_of_the_hopper_kernels_does_not_depend_on_its_batch(generator, device):
+    query, chunk, ring, sink, index, entries, selected = _case(
+        generator, device, [(500, 1)] * 150 + [(40, 200)], heads=64, width=512, window=128, listed=512, form="kv_fp8"
+    )
+    for how in (HOPPER["direct"], HOPPER["widened"]):
+        whole = sparse_attention_hopper(
+            query, chunk, ring, sink, index, 512**-0.5, entries, selected, RATIO, **how
+        )  # fmt: skip
+        for request, first, count in ((3, 3, 1), (149, 149, 1), (150, 150, 200)):
+            tokens = slice(first, first + count)
+            one = BatchIndex(
+                token_request_T=torch.zeros(count, dtype=torch.int32, device=device),
+                positions_T=index.positions_T[tokens],
+                query_start=torch.tensor([0, count], dtype=torch.int32, device=device),
+                context_len_B=index.context_len_B[request : request + 1],
+                slot_ids_B=index.slot_ids_B[request : request + 1],
+                page_table=index.page_table[request : request + 1],
+                page_tokens=PAGE_TOKENS,
+            )
+            mine = PackedRows(
+                format="kv_fp8", width=512, rope_dim=64, data=chunk.data[:, tokens], scales=chunk.scales[:, tokens]
+            )
+            alone = sparse_attention_hopper(
+                query[tokens], mine, ring, sink, one, 512**-0.5, entries, selected[tokens], RATIO, **how
+            )  # fmt: skip
+            assert torch.equal(alone, whole[tokens])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("splits", [1, 8])
+@pytest.mark.parametrize("batch", LARGE.values(), ids=LARGE.keys())
+def test_the_triton_kernel_matches_at_the_released_size(generator, device, batch, splits):
+    query, chunk, ring, sink, index, entries, selected = _case(
+        generator, device, batch, heads=64, width=512, window=128, listed=512, form="kv_fp8"
+    )
     for chosen in (selected, None):
-        got = run(query, chunk, ring, sink, index, 512**-0.5, entries, chosen, RATIO, splits)
+        got = sparse_attention_triton(query, chunk, ring, sink, index, 512**-0.5, entries, chosen, RATIO, splits)
         expected = sparse_attention_ref(query.float(), chunk, ring, sink, index, 512**-0.5, entries, chosen, RATIO)
         assert _relative(got, expected) < 6e-3
