@@ -193,7 +193,7 @@ class TransferCore:
         )
 
     def _close_engine(self) -> None:
-        self._engine.close()
+        self._engine.close(self.receiver.reader.handles)
         self.receiver.reader.close()
 
     def _recreate_engine(self, reason: str) -> None:

@@ -17,7 +17,7 @@ What this wraps, and why it looks the way it does:
 import importlib.metadata
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from enum import Enum
 from typing import Any
 
@@ -37,11 +37,10 @@ _FORBIDDEN = ("MC_TCP_PROTO", "MC_TCP_ENABLE_CONNECTION_POOL", "MC_DISABLE_METAC
 _ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 _SET_BY_US = "TANDEM_TRANSFER_ENVIRONMENT"
 """Names of the variables a Tandem process set, so that its children do not take them for an operator's."""
-
-
 _TICKET_PIECES = 64
 _COPY_S = 0.0003
 """Longer than a device takes for the pieces of one ticket that are still under way when they are all submitted."""
+_DRAIN_MS = 1000
 
 
 class ReadState(Enum):
@@ -248,6 +247,14 @@ class MooncakeEngine:
         """Mooncake's own object, for measurements."""
         return self._engine
 
-    def close(self) -> None:
-        """Destroy the engine: no read into our memory, and none from it, goes on afterwards. About a second."""
+    def close(self, reads: Iterable[ReadHandle] = ()) -> None:
+        """Destroy the engine: no read into our memory, and none from it, goes on afterwards. About a second.
+
+        reads: those that were not polled to their end. Ids end with the engine, tickets with the copies they stand for.
+        """
+        if self._tickets:
+            for read in reads:
+                read.drain(_DRAIN_MS)
+                if not read.drained:
+                    log.error("a read within the node has not ended after %d ms", _DRAIN_MS)
         self._engine = None

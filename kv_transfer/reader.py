@@ -132,6 +132,11 @@ class Reader:
         return self._opening is not None
 
     @property
+    def handles(self) -> list[ReadHandle]:
+        """Of all reads under way."""
+        return [read.handle for session in self._sessions.values() for read in session.reads]
+
+    @property
     def num_in_flight(self) -> int:
         return self._in_flight
 

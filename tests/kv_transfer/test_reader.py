@@ -72,7 +72,7 @@ class Bench:
         for _ in range(50):
             self.reader.pump()
             self.reader.check_integrity()
-            while self.reader.is_opening:
+            while self.reader.is_opening:  # noqa: ASYNC110
                 await asyncio.sleep(0.001)
             await asyncio.sleep(0)
 
