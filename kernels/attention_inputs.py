@@ -2,7 +2,7 @@
 
 T tokens, H heads, D channels, the last R rotary. Per head: RMS norm without weight, then the rotation; the row: RMS
 norm with weight, the rotation, and packed_rows.store_rows into `chunk` [1, T], in the format of the window ring, so
-that attention sees the bits that later tokens will find.
+that attention sees the bits that later tokens will find. Heads may come finished (kernels.query_heads).
 
 Where every request has one token (index.one_token_each), rows also go to their place in the ring at once: what they
 overwrite has just left the window. Other passes call window_ring.insert_window after attention. Bound by memory: query
@@ -32,6 +32,7 @@ def attention_inputs_ref(
     index: BatchIndex,
     *,
     simulate: bool,
+    finished: bool = False,
 ) -> tuple[Tensor, PackedRows]:
     count, device = row_TD.shape[0], row_TD.device
     chunk = window.like(count)
@@ -42,7 +43,7 @@ def attention_inputs_ref(
     store_rows(chunk, page, place, rope(rms_norm(row_TD, norm_D, eps), *angles), simulate=simulate)
     if index.one_token_each:
         insert_window(chunk, window, index)
-    return rope(rms_norm(query_THD, None, eps), *angles), chunk
+    return query_THD if finished else rope(rms_norm(query_THD, None, eps), *angles), chunk
 
 
 def attention_inputs(
@@ -55,12 +56,17 @@ def attention_inputs(
     index: BatchIndex,
     *,
     simulate: bool,
+    finished: bool = False,
 ) -> tuple[Tensor, PackedRows]:
     """query [T, H, D] and row [T, D] in the activation dtype; norm float32 [D]; angles (cos, sin) float32 [T, R / 2].
-    -> (query like the input, which may be overwritten; chunk)."""
+    finished: heads are normed and rotated already. -> (query like the input, which may be overwritten; chunk)."""
     if use_triton(query_THD):
         from kernels.triton_attention_inputs import attention_inputs_triton, fits
 
         if fits(query_THD, window):
-            return attention_inputs_triton(query_THD, row_TD, norm_D, angles, eps, window, index, simulate=simulate)
-    return attention_inputs_ref(query_THD, row_TD, norm_D, angles, eps, window, index, simulate=simulate)
+            return attention_inputs_triton(
+                query_THD, row_TD, norm_D, angles, eps, window, index, simulate=simulate, finished=finished
+            )
+    return attention_inputs_ref(
+        query_THD, row_TD, norm_D, angles, eps, window, index, simulate=simulate, finished=finished
+    )

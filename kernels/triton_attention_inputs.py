@@ -70,6 +70,7 @@ def attention_inputs_triton(
     index: BatchIndex,
     *,
     simulate: bool,
+    finished: bool = False,
 ) -> tuple[Tensor, PackedRows]:
     """kernels.attention_inputs.attention_inputs for contiguous heads and rows with contiguous channels; the query is
     overwritten."""
@@ -78,7 +79,7 @@ def attention_inputs_triton(
     if num_tokens:
         heads = max(1, min(TILE // width, triton.next_power_of_2(num_heads)))
         _, stride_chunk, _, stride_chunk_scales, _ = strides(chunk)
-        _inputs_kernel[(num_tokens, triton.cdiv(num_heads, heads) + 1)](
+        _inputs_kernel[(num_tokens, 1 if finished else triton.cdiv(num_heads, heads) + 1)](
             query_THD, row_TD, norm_D, *angles, index.token_request_T, index.positions_T, index.slot_ids_B,
             *views(chunk), *views(window), num_heads, eps, query_THD.stride(0), row_TD.stride(0),
             stride_chunk, stride_chunk_scales, *strides(window),

@@ -78,10 +78,11 @@ class Attention:
             branch.fork()
             with branch:
                 selected = self.indexer(normed, projected, state, context)
-        query = self.wq_b(normed.for_fp8).unflatten(-1, (config.num_attention_heads, config.head_dim))
+        heads = self.wq_b.heads(normed.for_fp8, config.head_dim, angles, config.rms_norm_eps)
         query, chunk = attention_inputs(
-            query, row, self.kv_norm.value, angles, config.rms_norm_eps, state.window, index, simulate=context.simulate
-        )
+            heads.values_THD, row, self.kv_norm.value, angles, config.rms_norm_eps, state.window, index,
+            simulate=context.simulate, finished=heads.finished,
+        )  # fmt: skip
         # An entry closed by a token of this pass is visible to that token: state first, then attention.
         branch.join()
         inputs = (

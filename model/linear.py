@@ -17,6 +17,7 @@ from kernels.grouped_output import grouped_output, grouped_output_fp8
 from kernels.moe import ExpertWeights
 from kernels.packed_experts import PackedBank, empty_bank, fill_random, gate_up_order, pack_matrix
 from kernels.quantize import QuantizedRows, dequantize_fp4, dequantize_fp8_tiles, simulate_fp8
+from kernels.query_heads import QueryHeads, query_heads
 from kernels.row_linear import row_linear
 from kernels.wide_linear import wide_linear
 from model.config import EXPERT_GROUP, QUANT_TILE, ModelConfig
@@ -137,6 +138,12 @@ class Linear:
         assert self.weight is not None
         assert isinstance(x, Tensor)
         return row_linear(simulate_fp8(x, QUANT_TILE) if self._numerics.simulate else x, self.weight)
+
+    def heads(self, x: Tensor | QuantizedRows, head_dim: int, angles: tuple[Tensor, Tensor], eps: float) -> QueryHeads:
+        """Query heads of the latent x [T, R], normed and rotated if that costs no pass of its own."""
+        if self.codes is not None and self.scales is not None:
+            return query_heads(x, self.codes, self.scales, head_dim, angles, eps)
+        return QueryHeads(self(x).unflatten(-1, (-1, head_dim)))
 
     def split(self, x: Tensor | QuantizedRows) -> tuple[Tensor, ...]:
         """-> one output per stacked weight."""

@@ -12,9 +12,10 @@ __device__ __forceinline__ uint32_t cluster_rank() {
   return rank;
 }
 
-// Every thread of the cluster.
+// Every thread of the cluster. Orders no memory but barriers whose initialisation was fenced: fences of a whole GPU take a
+// microsecond.
 __device__ __forceinline__ void cluster_sync() {
-  asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
 }
 
 // Arrives at the same barrier of another CTA of the cluster.
@@ -24,6 +25,18 @@ __device__ __forceinline__ void barrier_arrive_at(uint64_t* barrier, uint32_t ra
       "mapa.shared::cluster.u32 remote, %0, %1;\n"
       "mbarrier.arrive.shared::cluster.b64 _, [remote];\n}\n" ::"r"(shared_address(barrier)),
       "r"(rank)
+      : "memory");
+}
+
+// Writes to the same place of another CTA of the cluster; the four bytes count at the same barrier there.
+__device__ __forceinline__ void store_at(float* target, float value, uint64_t* barrier, uint32_t rank) {
+  asm volatile(
+      "{\n.reg .b32 remote, counted;\n"
+      "mapa.shared::cluster.u32 remote, %0, %3;\n"
+      "mapa.shared::cluster.u32 counted, %2, %3;\n"
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.f32 [remote], %1, [counted];\n}\n" ::"r"(
+          shared_address(target)),
+      "f"(value), "r"(shared_address(barrier)), "r"(rank)
       : "memory");
 }
 

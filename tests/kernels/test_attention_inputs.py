@@ -64,6 +64,29 @@ def test_single_tokens_go_to_the_ring_as_they_went_to_the_chunk(device):
     assert torch.equal(placed, raw_bytes(chunk)[0])
 
 
+@pytest.mark.parametrize("requests", [MIXED, DECODE], ids=["mixed", "decode"])
+def test_finished_heads_stay_as_they_are_and_rows_are_packed_all_the_same(device, requests):
+    generator, index = torch.Generator().manual_seed(3), moved(batch(requests), device)
+    tokens = index.num_tokens
+    query = torch.randn(tokens, 3, 128, generator=generator).bfloat16().to(device)
+    row, norm = torch.randn(tokens, 128, generator=generator).bfloat16().to(device), torch.ones(128, device=device)
+    angles = rope_angles(index.positions_T, 10000.0 ** -(torch.arange(32, device=device) / 32))
+    rings, chunks = [], []
+    for finished in (False, True):
+        ring = pool(len(requests) + 1, 16, 128, "kv_fp8", 64)
+        ring = pool_copy(ring, device)
+        got, chunk = attention_inputs_triton(
+            query.clone(), row, norm, angles, 1e-6, ring, index, simulate=True, finished=finished
+        )
+        assert torch.equal(got, query) == finished
+        rings.append(raw_bytes(ring))
+        chunks.append(raw_bytes(chunk))
+    assert torch.equal(*chunks)
+    assert torch.equal(*rings)
+    same, _ = attention_inputs_ref(query, row, norm, angles, 1e-6, ring, index, simulate=True, finished=True)
+    assert same is query
+
+
 def test_index_keys_are_no_kv_rows():
     query = torch.zeros(1, 1, 128)
     assert not fits(query, pool(1, 1, 128, "key_fp8", 0))

@@ -6,7 +6,10 @@ import pytest
 import torch
 
 from kernels.fp8_gemm import fp8_gemm_ref
+from kernels.gpu_fp8_gemm import HEAD_TILES, TILES, HeadFinish, Tile, launch_hopper, tile_for
 from kernels.quantize import decode_e8m0, dequantize_fp8_tiles, quantize_fp8, quantize_fp8_tiles
+from kernels.rms_norm import rms_norm_ref
+from kernels.rope import rope_angles, rope_ref
 from kernels.triton_fp8_gemm import _few_rows, fp8_gemm_triton, fp8_product, grouped_output_fp8
 from kernels.triton_quantize import quantize_activations
 
@@ -83,3 +86,62 @@ def test_shapes_that_do_not_fit_are_refused(generator, device):
         fp8_product(rows, codes, scales, torch.bfloat16)
     with pytest.raises(ValueError, match="grouped products need"):
         fp8_product(rows, codes, scales, torch.bfloat16, groups=2)
+
+
+@pytest.mark.parametrize("rows", [1, 64, 65, 300, 1025, 16384])
+@pytest.mark.parametrize(("outputs", "groups"), [(128, 1), (1536, 1), (32768, 1), (8192, 8), (1024, 8)])
+@pytest.mark.parametrize("codes", [False, True])
+def test_a_tile_fits_every_product_of_whole_blocks(rows, outputs, groups, codes):
+    tile = tile_for(rows, outputs, groups, 132, codes=codes)
+    assert outputs // groups % (tile.outputs * tile.cluster) == 0
+    assert tile.outputs == 128 or not codes
+    assert tile.rows == 64 or rows > 64
+
+
+def _hopper(rows, codes, scales, groups, tile, **result):
+    """Values, or codes with `code_scale`, into a poisoned output with rows to spare."""
+    count, coded = rows.codes_RD.shape[0], "code_scale" in result
+    shape, poison = (count + 2, codes.shape[0]), 0xFF if coded else torch.nan
+    y = torch.full(shape, poison, dtype=torch.uint8 if coded else torch.bfloat16, device=codes.device)
+    launch_hopper(tile, rows, codes, scales, groups, y[:count], **result)
+    assert bool((y[count:] == 0xFF).all() if coded else y[count:].isnan().all())
+    return y[:count]
+
+
+HOPPER_SHAPES = [(1, 512, 128, 1), (65, 512, 384, 2), (130, 1536, 1920, 1), (300, 2048, 4096, 8), (64, 512, 8192, 1)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("rows", "outputs", "channels", "groups"), HOPPER_SHAPES)
+def test_every_tile_of_the_hopper_kernel_gives_the_same_bits(generator, device, rows, outputs, channels, groups):
+    codes, scales = _weight(generator, device, outputs, channels)
+    x = torch.randn(rows, groups * channels, generator=generator, device=device).bfloat16()
+    quantised = quantize_activations(x)
+    expected = fp8_product(quantised, codes, scales, torch.float32, groups)
+    first = _hopper(quantised, codes, scales, groups, Tile(64, 64))
+    assert _relative(first, expected) < 3e-3
+    two_steps = quantize_activations(first)
+    for tile in (*TILES, Tile(128, 256, 1), Tile(128, 256, 2)):
+        if outputs // groups % (tile.outputs * tile.cluster):
+            continue
+        assert torch.equal(_hopper(quantised, codes, scales, groups, tile._replace(band=3)), first)
+        if tile.outputs == 128:
+            code_scale = torch.full_like(two_steps.scales_GR, torch.nan)
+            got = _hopper(quantised, codes, scales, groups, tile, code_scale=code_scale)
+            assert torch.equal(got, two_steps.codes_RD.view(torch.uint8))
+            assert torch.equal(code_scale[:, :rows], two_steps.scales_GR[:, :rows])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("rows", "outputs"), [(1, 512), (63, 1024), (129, 32768), (600, 2048)])
+def test_heads_are_finished_on_the_way_as_in_two_steps(generator, device, rows, outputs):
+    codes, scales = _weight(generator, device, outputs, 1024)
+    quantised = quantize_activations(torch.randn(rows, 1024, generator=generator, device=device).bfloat16())
+    positions = torch.randint(0, 1 << 20, (rows,), generator=generator, device=device)
+    angles = rope_angles(positions, 10000.0 ** -(torch.arange(32, device=device) / 32))
+    plain = _hopper(quantised, codes, scales, 1, Tile(64, 64)).unflatten(-1, (-1, 512))
+    expected = rope_ref(rms_norm_ref(plain, None, 1e-6), *angles).flatten(1)
+    got = [_hopper(quantised, codes, scales, 1, tile, finish=HeadFinish(angles, 1e-6)) for tile in HEAD_TILES]
+    assert torch.equal(*got)
+    assert _relative(got[0], expected) < 1e-3
+    assert float((got[0] == expected).float().mean()) > 0.99  # the sum of squares has another order

@@ -1,0 +1,154 @@
+// What becomes of a warpgroup's 64 x N float32 sums: staged in shared memory as bf16 values, as e4m3 codes with scales, or as heads
+// with RMS norm and rotation. Fragments lie as wgmma leaves them: see wgmma_fp8.cuh.
+#pragma once
+
+#include <cuda_bf16.h>
+
+#include "cluster_copy.cuh"
+
+namespace hopper {
+
+constexpr int kRotary = 64;  // channels at the end of a head that are rotated, in neighbouring pairs
+
+__device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+  return *reinterpret_cast<const uint32_t*>(&pair);
+}
+
+__device__ __forceinline__ float rounded(float value) { return __bfloat162float(__float2bfloat16_rn(value)); }
+
+// Place of 16-byte piece `piece` of row `row` in a panel under the swizzle of its pitch.
+template <int PITCH>
+__device__ __forceinline__ uint32_t swizzled(int row, int piece) {
+  const uint32_t offset = row * PITCH + piece * 16;
+  return offset ^ (((offset >> 7) & (PITCH / 16 - 1)) << 4);
+}
+
+// bf16 into panels of PITCH bytes a row, one after the other.
+template <int OUTPUTS, int PITCH>
+__device__ __forceinline__ void stage_values(const float (&total)[OUTPUTS / 2], uint8_t* area, int warp, int lane) {
+  constexpr int kPieces = PITCH / 16;
+#pragma unroll
+  for (int j = 0; j < OUTPUTS / 8; j += 2) {
+    const float* value = &total[4 * j];
+    const uint32_t packed[4] = {pack_bf16(value[0], value[1]), pack_bf16(value[2], value[3]), pack_bf16(value[4], value[5]),
+                                pack_bf16(value[6], value[7])};
+    const int piece = j + lane / 16, row = 16 * warp + lane % 16;
+    const uint8_t* panel = area + j / kPieces * (64 * PITCH);
+    store_matrices(shared_address(panel) + swizzled<PITCH>(row, piece % kPieces), packed);
+  }
+}
+
+// 2^ceil(log2(amax / 448)), on exponent bits.
+__device__ __forceinline__ float power_of_two_scale(float amax) {
+  const uint32_t bits = __float_as_uint(fmaxf(amax, 1e-4f) * (1.0f / 448.0f));
+  return __uint_as_float((bits + 0x7FFFFFu) & 0x7F800000u);
+}
+
+__device__ __forceinline__ uint32_t pack_e4m3(float low, float high) {
+  uint16_t packed;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(packed) : "f"(high), "f"(low));
+  return packed;
+}
+
+// e4m3 codes of the bf16 values into a panel of 128 bytes a row, and the scale of each of `rows` rows to its place in `scales`.
+__device__ __forceinline__ void stage_codes(float (&total)[64], uint8_t* area, float* scales, int rows, int warp, int lane) {
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    float amax = 0.0f;
+#pragma unroll
+    for (int j = 0; j < 64; j += 4) {
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        float& value = total[j + 2 * i + c];
+        value = rounded(value);
+        amax = fmaxf(amax, fabsf(value));
+      }
+    }
+    amax = fmaxf(amax, __shfl_xor_sync(0xFFFFFFFFu, amax, 1));
+    amax = fmaxf(amax, __shfl_xor_sync(0xFFFFFFFFu, amax, 2));
+    const float scale = power_of_two_scale(amax), inverse = 1.0f / scale;
+    const int row = 16 * warp + lane / 4 + 8 * i;
+    if (lane % 4 == 0 && row < rows) scales[row] = scale;
+    const bool odd = lane & 1;
+#pragma unroll
+    for (int j = 0; j < 16; j += 2) {  // neighbours swap pairs: the even lane gets four codes of block j, the odd one of block j + 1
+      const float* value = &total[4 * j + 2 * i];
+      const uint32_t first = pack_e4m3(value[0] * inverse, value[1] * inverse);
+      const uint32_t second = pack_e4m3(value[4] * inverse, value[5] * inverse);
+      const uint32_t other = __shfl_xor_sync(0xFFFFFFFFu, odd ? first : second, 1);
+      uint8_t* target = area + swizzled<128>(row, j / 2) + 8 * (lane & 1) + 4 * (lane % 4 / 2);
+      *reinterpret_cast<uint32_t*>(target) = odd ? other | second << 16 : first | other << 16;
+    }
+  }
+}
+
+// Sums of squares that the two CTAs of a cluster exchange: each has half of the channels of a head.
+struct HeadSums {
+  float* sums;        // [2 CTAs][64 rows], of this warpgroup
+  uint64_t* arrived;  // of one arrival and the bytes of both CTAs
+  uint32_t parity;
+};
+
+// RMS norm over the head that this CTA and its peer share, in place, and the rotation of the last channels, which are CTA 1's.
+// total: two pieces of 128 channels, in the order of the head. angles: cos and sin of the first row, [rows, kRotary / 2].
+__device__ __forceinline__ void finish_heads(float (&total)[2][64], const HeadSums& exchange, float eps, const float* cos,
+                                             const float* sin, int rows, int rank, int warp, int lane) {
+  const int first = 16 * warp + lane / 4;
+  if (warp == 0 && lane == 0) barrier_expect_bytes(exchange.arrived, 2 * 64 * 4);
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    float square = 0.0f;
+#pragma unroll
+    for (int piece = 0; piece < 2; ++piece) {
+#pragma unroll
+      for (int j = 0; j < 64; j += 4) {
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+          float& value = total[piece][j + 2 * i + c];
+          value = rounded(value);
+          square += value * value;
+        }
+      }
+    }
+    square += __shfl_xor_sync(0xFFFFFFFFu, square, 1);
+    square += __shfl_xor_sync(0xFFFFFFFFu, square, 2);
+    if (lane % 4 < 2) store_at(&exchange.sums[64 * rank + first + 8 * i], square, exchange.arrived, lane % 4);
+  }
+  float2 angle[2][8];  // on their way while sums travel
+  if (rank == 1) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        const int row = first + 8 * i, place = row * (kRotary / 2) + 4 * j + lane % 4;
+        angle[i][j] = row < rows ? make_float2(cos[place], sin[place]) : make_float2(1.0f, 0.0f);
+      }
+  }
+  barrier_wait(exchange.arrived, exchange.parity);
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int row = first + 8 * i;
+    const float factor = rsqrtf((exchange.sums[row] + exchange.sums[64 + row]) / 512.0f + eps);
+#pragma unroll
+    for (int piece = 0; piece < 2; ++piece) {
+#pragma unroll
+      for (int j = 0; j < 64; j += 4) {
+        total[piece][j + 2 * i] = rounded(total[piece][j + 2 * i] * factor);
+        total[piece][j + 2 * i + 1] = rounded(total[piece][j + 2 * i + 1] * factor);
+      }
+    }
+    if (rank == 1) {
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        float& a = total[1][32 + 4 * j + 2 * i];
+        float& b = total[1][32 + 4 * j + 2 * i + 1];
+        const float turned = a * angle[i][j].x - b * angle[i][j].y;
+        b = b * angle[i][j].x + a * angle[i][j].y;
+        a = turned;
+      }
+    }
+  }
+}
+
+}  // namespace hopper
