@@ -12,7 +12,8 @@ The transfer engine alone reads the same number of bytes as one contiguous buffe
 blocking call; one read, polled; cut into pieces that all connections share), alternating with the hand-offs in the same
 run on the same machine. Ratios of rates are medians over the rounds, so that a machine that is slower for a while is
 slower for both; the best way is that of the even rounds, the ratios are those of the odd ones, so that luck in choosing
-does not count. "scattered" pages lie in random order on both sides, "in order" they are neighbours. Figures are medians.
+does not count. "scattered" pages lie in random order on both sides, "in order" they are neighbours. Figures are
+medians. Within a node one buffer is one copy, which says nothing about pages: there the rate of the reads counts.
 """
 
 import argparse
