@@ -155,6 +155,10 @@ def hyper_pre(
     streams: Tensor, weights: HyperWeights, norm_weight: Tensor, settings: HyperSettings, *, quantize: bool = False
 ) -> tuple[Activations, Mix | MixLogits]:
     """quantize: make the input's e4m3 form too, where that costs little; others leave it to the products."""
+    if _fits_hopper(streams, weights):
+        from kernels.gpu_hyper_connection import hyper_pre_gpu
+
+        return hyper_pre_gpu(streams, weights, norm_weight, settings, quantize=quantize)
     if _fits_triton(streams):
         from kernels.triton_hyper_connection import hyper_pre_triton
 

@@ -13,7 +13,7 @@ from kernels.hyper_connection import HyperSettings, Mix, MixLogits, hyper_head, 
 from kernels.rms_norm import rms_norm
 from model.attention import Attention
 from model.batch import ForwardBatch
-from model.branch import IN_TURN
+from model.branch import IN_TURN, Branch
 from model.config import ModelConfig
 from model.context import ForwardContext
 from model.hyper_connection import HyperConnection
@@ -112,7 +112,7 @@ class Transformer:
         self.fp8_output = fp8_output
         self._simulate = numerics == "released"
         self._packed = packed_weights
-        self._branch = IN_TURN
+        self._branch = Branch(torch.cuda.Stream(self.device)) if self.device.type == "cuda" else IN_TURN
         self._hyper = HyperSettings(config.hc_sinkhorn_iters, config.hc_eps, config.rms_norm_eps)
         how = Numerics(dtype, self._simulate, packed_weights, self.device, fp8_output)
         self.embed = Weight(dtype, how)

@@ -51,15 +51,14 @@ __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_
 
 // Until at most `pending` groups of this thread are under way.
 __device__ __forceinline__ void wait_copies(int pending) {
-  switch (pending) {
-    case 0: asm volatile("cp.async.wait_group 0;" ::: "memory"); break;
-    case 1: asm volatile("cp.async.wait_group 1;" ::: "memory"); break;
-    case 2: asm volatile("cp.async.wait_group 2;" ::: "memory"); break;
-    case 3: asm volatile("cp.async.wait_group 3;" ::: "memory"); break;
-    case 4: asm volatile("cp.async.wait_group 4;" ::: "memory"); break;
-    case 5: asm volatile("cp.async.wait_group 5;" ::: "memory"); break;
-    case 6: asm volatile("cp.async.wait_group 6;" ::: "memory"); break;
-    default: asm volatile("cp.async.wait_group 7;" ::: "memory"); break;
+  if (pending >= 3) {
+    asm volatile("cp.async.wait_group 3;" ::: "memory");
+  } else if (pending == 2) {
+    asm volatile("cp.async.wait_group 2;" ::: "memory");
+  } else if (pending == 1) {
+    asm volatile("cp.async.wait_group 1;" ::: "memory");
+  } else {
+    asm volatile("cp.async.wait_group 0;" ::: "memory");
   }
 }
 
@@ -146,6 +145,7 @@ struct alignas(16) Sums {
   float pre[8 * NT][kStreams];
   float inverse[8 * NT];
   float top_of_block[8 * NT][kMostBlocks];
+  float norm[kMostBlocks * kBlock];
 };
 
 __device__ __forceinline__ void widen(float (&wide)[8], const uint4& x) {
@@ -173,8 +173,7 @@ struct Mix {
   float post[4], comb[16];  // comb [from][to]
 };
 
-// How a sublayer's output returns to the streams: gates and a doubly stochastic matrix.
-__device__ __forceinline__ Mix mix_of(const float* logits, int iterations, float eps) {
+__device__ __forceinline__ Mix load_logits(const float* logits) {
   Mix mix;
 #pragma unroll
   for (int i = 0; i < kLogits; i += 4) {
@@ -182,6 +181,11 @@ __device__ __forceinline__ Mix mix_of(const float* logits, int iterations, float
     float* target = i ? mix.comb + i - 4 : mix.post;
     target[0] = four.x, target[1] = four.y, target[2] = four.z, target[3] = four.w;
   }
+  return mix;
+}
+
+// How a sublayer's output returns to the streams: gates and a doubly stochastic matrix.
+__device__ __forceinline__ Mix mix_of(Mix mix, int iterations, float eps) {
 #pragma unroll
   for (int i = 0; i < 4; ++i) mix.post[i] = 2.0f * sigmoid(mix.post[i]);
   sinkhorn(mix.comb, iterations, eps);
@@ -208,6 +212,10 @@ __global__ void __cluster_dims__(kRanks, 1, 1) __launch_bounds__(kThreads, NT <=
   };
   const auto token_of = [&](int tile) { return static_cast<int64_t>(first_token + 8 * tile + row); };
 
+  // What is needed first is asked for first; what is needed last is long there by then.
+  Mix mix = {};
+  if (WRITE && threadIdx.x < 8 * NT)
+    mix = load_logits(a.mix + min(static_cast<int64_t>(first_token + threadIdx.x), last) * kLogits);
   for (int b = 0; b < num_blocks; ++b) {
     const int channel = channel_of(b);
 #pragma unroll
@@ -221,10 +229,15 @@ __global__ void __cluster_dims__(kRanks, 1, 1) __launch_bounds__(kThreads, NT <=
     }
     commit_copies();
   }
+  for (int i = threadIdx.x; i < rank_blocks * (kBlock / 4); i += kThreads)
+    copy_async(&sums.norm[4 * i], a.norm + rank * rank_blocks * kBlock + 4 * i, true);
+  commit_copies();
+  const int input_mix = threadIdx.x % kStreams, logit = min(lane, kMixes - 1);
+  const float input_scale = __ldg(a.scale + input_mix), input_base = __ldg(a.base + input_mix);
+  const float logit_scale = __ldg(a.scale + logit), logit_base = __ldg(a.base + logit);
   if (WRITE) {
     if (threadIdx.x < 8 * NT) {
-      const int64_t token = min(static_cast<int64_t>(first_token + threadIdx.x), last);
-      const Mix mix = mix_of(a.mix + token * kLogits, a.iterations, a.hc_eps);
+      mix = mix_of(mix, a.iterations, a.hc_eps);
 #pragma unroll
       for (int to = 0; to < kStreams; ++to) {
         float* weights = &sums.coefficients[threadIdx.x][8 * to];
@@ -245,8 +258,7 @@ __global__ void __cluster_dims__(kRanks, 1, 1) __launch_bounds__(kThreads, NT <=
     for (int i = 0; i < 6; ++i) fragments[s % 2][i] = __ldg(source + 32 * i);
   };
   for (int b = 0; b < num_blocks; ++b) {
-    load_fragments(b, 0);
-    wait_copies(num_blocks - 1 - b);
+    wait_copies(num_blocks - b);
     const int channel = channel_of(b);
     if (WRITE) {
 #pragma unroll
@@ -272,6 +284,7 @@ __global__ void __cluster_dims__(kRanks, 1, 1) __launch_bounds__(kThreads, NT <=
         }
       }
     }
+    load_fragments(b, 0);
 #pragma unroll
     for (int s = 0; s < kStreams; ++s) {
       if (s + 1 < kStreams) load_fragments(b, s + 1);
@@ -310,10 +323,11 @@ __global__ void __cluster_dims__(kRanks, 1, 1) __launch_bounds__(kThreads, NT <=
 
   // The weights of the input.
   if (threadIdx.x < 8 * NT * kStreams) {
-    const int token = threadIdx.x / kStreams, s = threadIdx.x % kStreams;
-    const float square = sum_over_ranks(&sums.of_rank[token][kSquare]), mix = sum_over_ranks(&sums.of_rank[token][s]);
-    const float value = mix * rsqrtf(square / features + a.norm_eps) * __ldg(a.scale + s) + __ldg(a.base + s);
-    sums.pre[token][s] = sigmoid(value) + a.hc_eps;
+    const int token = threadIdx.x / kStreams;
+    const float square = sum_over_ranks(&sums.of_rank[token][kSquare]);
+    const float total = sum_over_ranks(&sums.of_rank[token][input_mix]);
+    const float value = total * rsqrtf(square / features + a.norm_eps) * input_scale + input_base;
+    sums.pre[token][input_mix] = sigmoid(value) + a.hc_eps;
   }
   __syncthreads();
 
@@ -356,10 +370,11 @@ __global__ void __cluster_dims__(kRanks, 1, 1) __launch_bounds__(kThreads, NT <=
       const float factor = rsqrtf(__shfl_sync(~0u, total, kSquare) / features + a.norm_eps);
       const int64_t token = first_token + 8 * tile + rank;
       if (lane >= kStreams && lane < kMixes && token <= last)
-        a.new_mix[token * kLogits + lane - kStreams] = total * factor * __ldg(a.scale + lane) + __ldg(a.base + lane);
+        a.new_mix[token * kLogits + lane - kStreams] = total * factor * logit_scale + logit_base;
     }
   }
   cluster_wait();
+  wait_copies(0);  // the norm's weights
   if (threadIdx.x < 8 * NT)
     sums.inverse[threadIdx.x] = rsqrtf(sum_over_ranks(&sums.square_of_rank[threadIdx.x]) / a.hidden + a.norm_eps);
   __syncthreads();
@@ -368,8 +383,9 @@ __global__ void __cluster_dims__(kRanks, 1, 1) __launch_bounds__(kThreads, NT <=
   for (int b = 0; b < num_blocks; ++b) {
     const int channel = channel_of(b);
     float weights[8];
-    *reinterpret_cast<float4*>(&weights[0]) = __ldg(reinterpret_cast<const float4*>(a.norm + channel));
-    *reinterpret_cast<float4*>(&weights[4]) = __ldg(reinterpret_cast<const float4*>(a.norm + channel) + 1);
+    const float* norm = &sums.norm[(first_block + b) * kBlock + quad * 8];
+    *reinterpret_cast<float4*>(&weights[0]) = *reinterpret_cast<const float4*>(norm);
+    *reinterpret_cast<float4*>(&weights[4]) = *reinterpret_cast<const float4*>(norm + 4);
 #pragma unroll
     for (int tile = 0; tile < NT; ++tile) {
       const float inverse = sums.inverse[8 * tile + row];
@@ -421,7 +437,7 @@ __global__ void __cluster_dims__(kRanks, 1, 1) __launch_bounds__(kThreads, NT <=
 __global__ void hyper_mix(const float* logits, float* post, float* comb, int num_tokens, int iterations, float eps) {
   const int64_t token = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x;
   if (token >= num_tokens) return;
-  const Mix mix = mix_of(logits + token * kLogits, iterations, eps);
+  const Mix mix = mix_of(load_logits(logits + token * kLogits), iterations, eps);
   float4* target = reinterpret_cast<float4*>(comb + token * 16);
   *reinterpret_cast<float4*>(post + token * 4) = make_float4(mix.post[0], mix.post[1], mix.post[2], mix.post[3]);
 #pragma unroll
@@ -447,6 +463,7 @@ cudaError_t dispatch(int tiles, const Arguments& arguments, cudaStream_t stream)
     case 1: return launch<1, WRITE>(arguments, stream);
     case 2: return launch<2, WRITE>(arguments, stream);
     case 3: return launch<3, WRITE>(arguments, stream);
+    case 4: return launch<4, WRITE>(arguments, stream);
     default: return cudaErrorInvalidValue;
   }
 }
@@ -454,7 +471,7 @@ cudaError_t dispatch(int tiles, const Arguments& arguments, cudaStream_t stream)
 }  // namespace
 
 // `mix` and `new_mix`: float32 [num_tokens][20] logits, 4 of the gates, then [4 from][4 to]. `tiles`: of eight tokens, a cluster
-// takes 1 to 3; changes speed only. A null output only reads the streams. hidden is a multiple of 1024 and at most 8192.
+// takes 1 to 4; changes speed only. A null output only reads the streams. hidden is a multiple of 1024 and at most 8192.
 extern "C" int hyper_seam(const void* output, const void* streams, const void* mix, const void* fn, const void* scale,
                           const void* base, const void* norm, void* new_streams, void* inputs, void* codes,
                           void* code_scales, void* new_mix, int64_t scale_stride, int num_tokens, int hidden,

@@ -68,7 +68,6 @@ def test_the_longest_request_is_the_models_limit_or_what_the_pages_hold(tiny_che
     [
         ({"num_pages": 1 << 40}, "engine.num_pages"),
         ({"gpu_memory_utilization": 0.001}, "engine.gpu_memory_utilization"),
-        ({"max_num_batched_tokens": 1 << 28}, "engine.max_num_batched_tokens"),
     ],
 )
 def test_what_does_not_fit_is_refused_with_the_number_to_change(
@@ -78,15 +77,19 @@ def test_what_does_not_fit_is_refused_with_the_number_to_change(
         load(tiny_checkpoint, **settings)
 
 
-def test_weights_that_do_not_fit_are_refused_with_a_way_out(tiny_checkpoint: Path) -> None:
-    free, _ = torch.cuda.mem_get_info()
-    torch.cuda.set_per_process_memory_fraction(1e-6)
+@pytest.mark.parametrize(
+    ("room", "named"), [(0, "data_parallel_size"), (256 << 20, "engine.max_num_batched_tokens=65536")]
+)
+def test_weights_and_steps_that_do_not_fit_are_refused_with_a_way_out(
+    tiny_checkpoint: Path, room: int, named: str
+) -> None:
+    total = torch.cuda.mem_get_info()[1]
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + room + 1) / total)
     try:
-        with pytest.raises(ConfigError, match="data_parallel_size"):
-            load(tiny_checkpoint)
+        with pytest.raises(ConfigError, match=named):
+            load(tiny_checkpoint, max_num_seqs=65536, max_num_batched_tokens=65536)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
-    assert torch.cuda.mem_get_info()[0] > 0.9 * free
 
 
 def test_a_signal_leaves_a_trace_of_the_next_steps_with_their_kernels(tiny_checkpoint: Path, tmp_path: Path) -> None:
