@@ -105,6 +105,10 @@ class DecodeGraphs:
 
         return self._capture(run)
 
+    def close(self) -> None:
+        """Give the captured steps up. A communicator whose collectives they hold cannot end before they have."""
+        self._replays.clear()
+
     def shape_for(self, num_requests: int, num_pages: int) -> PaddedShape | None:
         """The smallest captured step that holds such a batch."""
         size = next((size for size in self._sizes if size >= num_requests), None)

@@ -23,12 +23,13 @@ import torch
 
 from engine.batch import BatchBuilder, Chunk, PaddedShape, StepBatch
 from engine.config import EngineConfig
-from engine.connector import Connector, EpochRenewed, FirstToken, NoConnector, Received
+from engine.connector import Connector, EpochRenewed, NoConnector
 from engine.decode_graphs import CudaCapture, DecodeGraphs, auto_widths, no_capture
+from engine.emitter import Emitter
 from engine.flight import Flight, LaunchedChunk
 from engine.intake import EngineShape, check_submit
 from engine.live import LiveRequests
-from engine.outbox import Outbox, token_message
+from engine.outbox import Outbox
 from engine.parallel import Parallel, SingleRank, StepIntent, StepPlan
 from engine.pool import Use
 from engine.profiling import spans
@@ -44,12 +45,9 @@ from runtime.requests import (
     EpochChanged,
     FromEngine,
     GroupDrains,
-    Handover,
     ReceiveState,
     SendState,
     Submit,
-    TokenLogprobs,
-    Tokens,
 )
 
 log = logging.getLogger(__name__)
@@ -107,7 +105,11 @@ class Engine:
             return forward(step.batch)
 
         if self._graphs is not None:
-            self._graphs.capture(self._builder, compute)
+            try:
+                self._graphs.capture(self._builder, compute)
+            except BaseException:
+                self._graphs.close()
+                raise
         self._flight: Flight | None = None
         """The step that was launched and not yet collected."""
         self._limits = Limits(
@@ -123,6 +125,7 @@ class Engine:
         self._runs_ahead = config.async_scheduling == "on"
         self._counting = np.arange(config.max_num_seqs)
         self._outbox = Outbox()
+        self._emitter = Emitter(shape, self._live, self._outbox)
         self._arrivals = 0
         self._changed = False
         self._failures_in_a_row = 0
@@ -130,7 +133,7 @@ class Engine:
         self._said_empty = False
         self._drained = False
         self._group_drains = False
-        self._steps = self._recomputed = self._prompt_tokens = self._generated_tokens = 0
+        self._steps = self._recomputed = self._prompt_tokens = 0
         self._step_tokens = Histogram(STEP_TOKENS)
 
     # Requests in
@@ -183,7 +186,7 @@ class Engine:
         request = self._live.transfers.release(transfer_id)
         if request is not None:
             request.handoff = None
-            self._fail(request, "transfer", f"transfer {transfer_id} was released by the router")
+            self._emitter.fail(request, "transfer", f"transfer {transfer_id} was released by the router")
 
     def drain(self) -> None:
         """Refuse new requests; `Drained` is said when everything running and promised is done, on all ranks that step
@@ -193,11 +196,16 @@ class Engine:
     def fail_all(self, reason: str) -> None:
         """The process ends: every live request fails with the reason."""
         for request in self._live.all():
-            self._fail(request, "internal", reason)
+            self._emitter.fail(request, "internal", reason)
 
     def leave_group(self) -> None:
         """The process ends: ranks that step together with this one must not wait for it."""
         self._parallel.leave()
+
+    def close(self) -> None:
+        """The engine steps no more. To be called before the group of ranks that it steps with is closed."""
+        if self._graphs is not None:
+            self._graphs.close()
 
     def take_messages(self) -> list[FromEngine]:
         """What there is to say before the next step."""
@@ -271,17 +279,17 @@ class Engine:
         for outcome in self._live.transfers.poll():
             match outcome:
                 case Arrived(request, event):
-                    self._join(request, event)
+                    self._emitter.join(request, event)
                 case Missing(request, message, retryable):
                     if retryable and self.config.kv_load_failure_policy == "recompute":
                         log.warning("request %s: %s; computing its prompt here", request.request_id, message)
                         self._recomputed += 1
                         self._live.requeue(request)
                     else:
-                        self._fail(request, "transfer", message)
+                        self._emitter.fail(request, "transfer", message)
                 case Unwanted(request, ending):
                     request.handoff = None
-                    self._fail(request, "transfer", f"its state was given up while it was computed ({ending})")
+                    self._emitter.fail(request, "transfer", f"its state was given up while it was computed ({ending})")
                 case EpochRenewed(epoch):
                     self._outbox.add(EpochChanged(self.rank, epoch, self._handoff_address))
 
@@ -370,7 +378,7 @@ class Engine:
             self._rows.take_tokens(result.token_ids)
         with self._span("emit"):
             self._advance(flight.chunks, result)
-            self._emit(flight, result)
+            self._emitter.emit(flight, result)
 
     def _advance(self, chunks: Sequence[LaunchedChunk], result: StepResult) -> None:
         """The state holds the chunks' tokens."""
@@ -387,124 +395,6 @@ class Engine:
             if not chunk.completes and request.phase is Phase.PREFILLING and isinstance(request.handoff, SendState):
                 self._live.transfers.announce(request, chunk.num_written)
 
-    # Tokens out
-
-    def _emit(self, flight: Flight, result: StepResult) -> None:
-        """Append the sampled tokens. Only first and last tokens and grammars are looked at one by one."""
-        requests, token_ids = flight.requests, result.token_ids
-        tokens = token_ids.tolist()
-        outputs: list[Tokens | None] = [
-            Tokens(request.request_id, (token_id,)) for request, token_id in zip(requests, tokens, strict=True)
-        ]
-        for request, token_id in zip(requests, tokens, strict=True):
-            request.generated.append(token_id)
-        done = Phase.DONE
-        for row in [row for row, request in enumerate(requests) if request.phase is done]:
-            # It ended while this step was in flight: the token is surplus.
-            requests[row].generated.pop()
-            outputs[row] = None
-        finite = np.isfinite(result.best)
-        special = flight.last | flight.has_grammar | ~finite
-        for eos_id in self.shape.eos_ids:
-            special |= (token_ids == eos_id) & ~flight.ignore_eos
-        special[flight.num_decode :] = True
-        for row in np.flatnonzero(flight.has_stop_ids).tolist():
-            special[row] |= tokens[row] in requests[row].sampling.stop_token_ids
-        logprobs: dict[int, TokenLogprobs] = {}
-        if result.logprobs is not None:
-            wanted = [requests[row].sampling.logprobs or 0 for row in result.logprob_rows]
-            logprobs = dict(zip(result.logprob_rows, result.logprobs.messages(wanted), strict=True))
-            for row, entry in logprobs.items():
-                if outputs[row] is not None:
-                    outputs[row] = Tokens(requests[row].request_id, (tokens[row],), (entry,))
-        self._generated_tokens += len(outputs) - outputs.count(None)
-        for row in np.flatnonzero(special).tolist():
-            request = requests[row]
-            if outputs[row] is None:
-                continue
-            if finite[row]:
-                outputs[row] = self._token(request, logprobs.get(row))
-            else:
-                request.generated.pop()
-                self._fail_choice(request, float(result.best[row]))
-                outputs[row] = None
-        self._outbox.tokens.extend(filter(None, outputs))
-
-    def _token(self, request: Request, logprobs: TokenLogprobs | None) -> Tokens | None:
-        """The message for a request's newest token; a request that ends with it is gone afterwards.
-
-        None if its grammar cannot follow: the request has failed.
-        """
-        try:
-            reason, stop_id = self._ending(request)
-        except Exception as error:
-            log.exception("request %s: its grammar failed at token %d", request.request_id, request.generated[-1])
-            request.generated.pop()
-            self._fail(request, "internal", f"the grammar failed: {error!r}")
-            return None
-        if isinstance(request.handoff, SendState):
-            message = token_message(request, logprobs, reason or "length", stop_id)
-            self._hold(request, message, logprobs)
-            return message
-        message = token_message(request, logprobs, reason, stop_id)
-        if reason is not None:
-            self._live.end(request, reason)
-        elif request.phase is Phase.PREFILLING:
-            request.enter(Phase.DECODING)
-        return message
-
-    def _ending(self, request: Request) -> tuple[str | None, int | None]:
-        """(finish reason, stop id) if the newest token is the last one; the stop id is None for EOS."""
-        token_id, sampling = request.generated[-1], request.sampling
-        if token_id in self.shape.eos_ids and not sampling.ignore_eos:
-            return "stop", None
-        if token_id in sampling.stop_token_ids:
-            return "stop", token_id
-        if request.matcher is not None:
-            request.matcher.accept(token_id)
-            if request.matcher.is_done:
-                return "stop", None
-        if len(request.generated) >= self._live.max_generated(request):
-            return "length", None
-        return None, None
-
-    def _hold(self, request: Request, message: Tokens, logprobs: TokenLogprobs | None) -> None:
-        """A prefill for another rank is done: its first token goes with its state."""
-        first = FirstToken(
-            token_id=request.generated[-1],
-            logprobs=logprobs,
-            seed=request.seed,
-            prompt_tokens=request.num_prompt,
-            cached_tokens=request.cached_tokens,
-            prompt_logprobs=message.prompt_logprobs,
-        )
-        self._live.hold(request, first)
-
-    def _join(self, request: Request, event: Received) -> None:
-        """A state has arrived with its first token: emit that at once and decode from there."""
-        first = event.first
-        request.seed = first.seed
-        request.cached_tokens = first.cached_tokens
-        request.prompt_logprobs = None if first.prompt_logprobs is None else list(first.prompt_logprobs)
-        request.generated.append(first.token_id)
-        request.enter(Phase.DECODING)
-        self._generated_tokens += 1
-        self._outbox.add(
-            Handover(
-                request_id=request.request_id,
-                num_bytes=event.num_bytes,
-                transfer_s=event.transfer_s,
-                exposed_s=event.exposed_s,
-                wait_s=event.wait_s,
-            )
-        )
-        message = self._token(request, first.logprobs)
-        if message is not None:
-            self._outbox.tokens.append(message)
-        if request.phase is Phase.DECODING:
-            row = self._live.enter_rows(request, request.num_tokens - 1)
-            self._rows.token[row] = first.token_id
-
     # Failures
 
     def _fail_step(self, error: Exception, chunks: Sequence[Chunk | LaunchedChunk]) -> None:
@@ -514,21 +404,11 @@ class Engine:
         self._failures_in_a_row += 1
         log.error("step %d failed with %d requests", self._steps, len(requests), exc_info=error)
         for request in requests:
-            self._fail(request, "internal", f"the model failed: {error!r}")
+            self._emitter.fail(request, "internal", f"the model failed: {error!r}")
         if self._parallel.size > 1:
             raise EngineError(f"a step failed and the other ranks wait in it: {error!r}") from error
         if self._failures_in_a_row >= self.config.max_step_failures:
             raise EngineError(f"{self._failures_in_a_row} steps in a row failed, the last with {error!r}") from error
-
-    def _fail_choice(self, request: Request, best: float) -> None:
-        if best == float("-inf"):
-            self._fail(request, "invalid", "no token satisfies grammar, allowed ids, bad words and min_tokens together")
-        else:
-            self._fail(request, "internal", f"the model's logits are not finite after {request.num_tokens} tokens")
-
-    def _fail(self, request: Request, kind: str, message: str) -> None:
-        self._live.end(request, message)
-        self._outbox.fail(request.request_id, kind, message, request.num_emitted)
 
     # For operators and tests
 
@@ -558,7 +438,7 @@ class Engine:
             slots_free=slots.num_free,
             preemptions=live.num_preempted,
             prompt_tokens=self._prompt_tokens,
-            generated_tokens=self._generated_tokens,
+            generated_tokens=self._emitter.num_tokens,
             steps=self._steps,
             transfers_sent=counters.sent,
             transfers_received=counters.received,

@@ -46,7 +46,8 @@ class PeerWatch:
         if self._stopped.wait(self._grace_s) or self._mesh.is_over:
             return
         log.error("rank %d lost a peer and is elsewhere: ending what may wait for it", self._mesh.rank)
-        self._abort()
+        # It ends only when captured steps have, whose owner it may be that waits.
+        threading.Thread(target=self._abort, name="group-abort", daemon=True).start()
         if not self._stopped.wait(self._grace_s) and not self._mesh.is_over:
             log.critical("rank %d has still not noticed that a peer is gone: the process exits", self._mesh.rank)
             os._exit(1)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import threading
 import time
 from collections.abc import Mapping
 from datetime import timedelta
@@ -26,6 +27,8 @@ from engine.peer_watch import PeerWatch
 from runtime.errors import ConfigError, EngineError
 
 log = logging.getLogger(__name__)
+
+_END_S = 5.0
 
 
 class Pending:
@@ -124,9 +127,16 @@ class RankGroup:
             raise EngineError(f"rank {self.rank} lost a peer: {error}") from error
 
     def close(self) -> None:
+        """Waits for no peer. Engines whose captured steps hold collectives must be closed before."""
         self._watch.stop()
         self.mesh.close()
-        self._backend.shutdown()
+        # NCCL's orderly end takes all ranks, and one may be gone; what this one had to do is done.
+        end = self._backend.abort if self.device.type == "cuda" else self._backend.shutdown
+        ending = threading.Thread(target=end, name="group-end", daemon=True)
+        ending.start()
+        ending.join(_END_S)
+        if ending.is_alive():
+            log.error("rank %d: the connections of its group did not end within %s s", self.rank, _END_S)
 
 
 def _compare(rank: int, terms: Mapping[str, str], of_first: Mapping[str, str]) -> None:

@@ -100,6 +100,7 @@ def _serve(channel: EngineChannel, rank: int, spec: WorkerSpec) -> None:
             wake=channel.wake,
         )
         transfer.start(spec.config.ready_timeout_s)
+    engine: Engine | None = None
     try:
         engine = Engine(
             loaded.config,
@@ -138,6 +139,8 @@ def _serve(channel: EngineChannel, rank: int, spec: WorkerSpec) -> None:
             transfer_stats=lambda: transfer.latest_stats if transfer is not None else None,
         )
     finally:
+        if engine is not None:
+            engine.close()
         if member is not None:
             member.group.close()
         grammars.close()

@@ -200,22 +200,28 @@ def _serve(
         handoff_address=agent.address if agent is not None else "",
         parallel=member.lockstep if member is not None else None,
     )  # fmt: skip
-    if member is not None:
-        member.lockstep.begin(60.0)
+    try:
+        if member is not None:
+            member.lockstep.begin(60.0)
+        _answer(pipe, engine, agent)
+    finally:
+        engine.close()
+
+
+def _answer(pipe: Connection, engine: Engine, agent: TransferAgent | None) -> None:
+    """Until the parent has no more to ask; then nothing may be left over."""
     address, epoch = ("", "") if agent is None else (agent.address, agent.epoch)
-    pipe.send(Ready(address, epoch, loaded.shape.num_pages))
+    pipe.send(Ready(address, epoch, engine.shape.num_pages))
     while True:
         if pipe.poll(0.0 if engine.has_work else 0.001):
             asks = pipe.recv()
             if asks is None:
                 break
             for ask in asks:
+                prompt = TokenIds(ask.prompt)
                 engine.submit(
-                    Submit(
-                        request_id=ask.request_id, prompt_ids=TokenIds(ask.prompt), sampling=ask.sampling,
-                        handoff=ask.handoff,
-                    )
-                )  # fmt: skip
+                    Submit(request_id=ask.request_id, prompt_ids=prompt, sampling=ask.sampling, handoff=ask.handoff)
+                )
         for said in engine.step():
             if isinstance(said, RequestFailed):
                 pipe.send(f"request {said.request_id} failed: {said.message}")

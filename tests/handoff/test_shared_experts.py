@@ -81,7 +81,9 @@ def test_two_ranks_say_what_one_says_on_a_cpu(tiny_checkpoint: Path) -> None:
 @pytest.mark.gpu(2)
 @pytest.mark.parametrize("numerics", ["released", "plain"])
 def test_two_ranks_say_what_one_says_on_two_gpus(tiny_checkpoint: Path, numerics: str) -> None:
-    compare(config_of(tiny_checkpoint, numerics=numerics, **ON_GPU), tolerance=0.05)
+    # The plain experts are the reference, which looks at numbers on the host: that cannot be captured.
+    settings = ON_GPU if numerics == "released" else ON_GPU | {"enforce_eager": True}
+    compare(config_of(tiny_checkpoint, numerics=numerics, **settings), tolerance=0.05)
 
 
 @pytest.mark.gpu(2)
