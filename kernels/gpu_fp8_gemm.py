@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kernels import cuda_build
 from kernels.quantize import QuantizedRows
-from kernels.triton_fp8_gemm import fp8_product, num_multiprocessors
+from kernels.triton_fp8_gemm import check_product, fp8_product, num_multiprocessors
 from kernels.triton_quantize import quantize_activations, scale_stride
 from kernels.triton_rotary import inverse_rope_quantize
 
@@ -53,7 +53,7 @@ _STEP_US = {
 }  # fmt: skip
 """Tiles of values, and what 128 channels take when all multiprocessors work at such a tile, measured on an H100."""
 TILES = tuple(_STEP_US)
-HEAD_TILES = (Tile(64, 256, 2), Tile(128, 256, 2))
+HEAD_TILES = (Tile(64, 256, 2, 16), Tile(128, 256, 2, 16))
 """A cluster holds whole heads."""
 MANY_ROWS = 1024
 """Rows from which sharing copies in a cluster pays."""
@@ -100,7 +100,8 @@ def launch_hopper(
 ) -> None:
     """y bf16 [T, N], heads with `finish`; or e4m3 with code_scale float32 [N / 128, T..].
 
-    Raises RuntimeError for a tile not compiled."""
+    Raises ValueError: see check_product; RuntimeError for a tile not compiled."""
+    check_product(rows, codes_NK, groups)
     outputs, channels = codes_NK.shape
     address = cuda_build.address
     result = HEADS if finish is not None else VALUES if code_scale is None else CODES
@@ -141,7 +142,6 @@ def fp8_product_codes(rows: QuantizedRows, codes_NK: Tensor, scales_nk: Tensor, 
 
 def fits_heads(codes_NK: Tensor, head_dim: int, angles: tuple[Tensor, Tensor]) -> bool:
     """Whether fp8_heads can run."""
-    return False  # until a train has shown it
     return head_dim == HEAD_DIM and 2 * angles[0].shape[1] == ROTARY and fits_hopper(codes_NK, 1)
 
 

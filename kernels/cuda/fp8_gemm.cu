@@ -186,12 +186,12 @@ fp8_gemm_kernel(const __grid_constant__ CUtensorMap rows_map, const __grid_const
     // Descriptors, lower words: of this stage's first row, and how far its pieces lie from there.
     const uint32_t first_place = descriptor_place(stages);
     uint32_t place = first_place;
-    WeightScales weight_scales[P::kColumns], next_scales[P::kColumns];
+    WeightScales weight_scales[P::kColumns];
 
-    const auto load_scales = [&](int index) {
-      const int output = first_output(locate(index, tiles_m, tiles_n, band));
+    const auto load_scales = [&](Tile tile) {
+      const int output = first_output(tile);
 #pragma unroll
-      for (int column = 0; column < P::kColumns; ++column) next_scales[column].load(arguments, output + 128 * column, lane);
+      for (int column = 0; column < P::kColumns; ++column) weight_scales[column].load(arguments, output + 128 * column, lane);
     };
     const auto factor_of = [&](int piece, float weight_scale) {
       const float* source = reinterpret_cast<const float*>(scales + stage * P::kScaleBytes) + group_row +
@@ -217,12 +217,10 @@ fp8_gemm_kernel(const __grid_constant__ CUtensorMap rows_map, const __grid_const
       if (++released == P::kStages) released = 0;
     };
 
-    if (first < tiles) load_scales(first);
+    Tile next = locate(first, tiles_m, tiles_n, band);
+    if (first < tiles) load_scales(next);
     for (int index = first; index < tiles; index += step) {
-      const Tile tile = locate(index, tiles_m, tiles_n, band);
-#pragma unroll
-      for (int column = 0; column < P::kColumns; ++column) weight_scales[column] = next_scales[column];
-      if (index + step < tiles) load_scales(index + step);
+      const Tile tile = next;
       float total[P::kPieces][P::kPieceOutputs / 2];
 #pragma unroll
       for (int piece = 0; piece < P::kPieces; ++piece)
@@ -285,12 +283,15 @@ fp8_gemm_kernel(const __grid_constant__ CUtensorMap rows_map, const __grid_const
         }
       }
 
+      next = locate(index + step, tiles_m, tiles_n, band);
+      if (index + step < tiles) load_scales(next);  // they come while this tile is put away
       const int row = tile.row * ROWS + group_row, output = first_output(tile);
+      HeadPairs heads;
       if constexpr (RESULT == kHeads) {
         const int64_t angle = static_cast<int64_t>(row) * (kRotary / 2);
         const HeadSums exchange{sums + ((count & 1) * P::kGroups + group) * 128, &sums_arrived[2 * group + (count & 1)],
                                 count / 2 & 1};
-        finish_heads(total, exchange, arguments.eps, arguments.cos + angle, arguments.sin + angle, arguments.rows - row, rank,
+        finish_heads(heads, total, exchange, arguments.eps, arguments.cos + angle, arguments.sin + angle, arguments.rows - row, rank,
                      warp, lane);
         ++count;
       }
@@ -304,6 +305,8 @@ fp8_gemm_kernel(const __grid_constant__ CUtensorMap rows_map, const __grid_const
           float* code_scale =
               arguments.code_scale + static_cast<int64_t>(piece_output / 128) * arguments.code_scale_stride + piece_row;
           stage_codes(total[piece], area, code_scale, arguments.rows - piece_row, warp, lane);
+        } else if constexpr (RESULT == kHeads) {
+          stage_pairs(heads[piece], area, warp, lane);
         } else {
           stage_values<P::kPieceOutputs, P::kPitch>(total[piece], area, warp, lane);
         }

@@ -90,40 +90,46 @@ struct HeadSums {
   uint32_t parity;
 };
 
-// RMS norm over the head that this CTA and its peer share, in place, and the rotation of the last channels, which are CTA 1's.
-// total: two pieces of 128 channels, in the order of the head. angles: cos and sin of the first row, [rows, kRotary / 2].
-__device__ __forceinline__ void finish_heads(float (&total)[2][64], const HeadSums& exchange, float eps, const float* cos,
-                                             const float* sin, int rows, int rank, int warp, int lane) {
+// Two pieces of 128 channels in bf16: pairs[piece][i][j] = row lane / 4 + 8 * i, channels 8 * j + 2 * (lane % 4) and the next.
+using HeadPairs = uint32_t[2][2][16];
+
+__device__ __forceinline__ float2 unpack_bf16(uint32_t pair) {
+  return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xFFFF0000u));
+}
+
+// RMS norm over the head that this CTA and its peer share, and the rotation of the last channels, which are CTA 1's. total: two
+// pieces, in the order of the head. angles: cos and sin of the first row, [rows, kRotary / 2].
+__device__ __forceinline__ void finish_heads(HeadPairs& pairs, const float (&total)[2][64], const HeadSums& exchange, float eps,
+                                             const float* cos, const float* sin, int rows, int rank, int warp, int lane) {
   const int first = 16 * warp + lane / 4;
   if (warp == 0 && lane == 0) barrier_expect_bytes(exchange.arrived, 2 * 64 * 4);
+  if (rank == 1 && 16 * warp + lane / 2 < rows)  // the angles of this warp's 16 rows are two lines of 128 bytes a row
+    asm volatile("prefetch.global.L1 [%0];" ::"l"((lane % 2 ? sin : cos) + (16 * warp + lane / 2) * (kRotary / 2)));
+  float square[2][2] = {};
 #pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    float square = 0.0f;
+  for (int piece = 0; piece < 2; ++piece) {
 #pragma unroll
-    for (int piece = 0; piece < 2; ++piece) {
+    for (int j = 0; j < 16; ++j) {
 #pragma unroll
-      for (int j = 0; j < 64; j += 4) {
-#pragma unroll
-        for (int c = 0; c < 2; ++c) {
-          float& value = total[piece][j + 2 * i + c];
-          value = rounded(value);
-          square += value * value;
-        }
+      for (int i = 0; i < 2; ++i) {
+        pairs[piece][i][j] = pack_bf16(total[piece][4 * j + 2 * i], total[piece][4 * j + 2 * i + 1]);
+        const float2 value = unpack_bf16(pairs[piece][i][j]);
+        square[i][0] += value.x * value.x;
+        square[i][1] += value.y * value.y;
       }
     }
-    square += __shfl_xor_sync(0xFFFFFFFFu, square, 1);
-    square += __shfl_xor_sync(0xFFFFFFFFu, square, 2);
-    if (lane % 4 < 2) store_at(&exchange.sums[64 * rank + first + 8 * i], square, exchange.arrived, lane % 4);
   }
-  float2 angle[2][8];  // on their way while sums travel
-  if (rank == 1) {
 #pragma unroll
-    for (int i = 0; i < 2; ++i)
+  for (int piece = 0; piece < 2; ++piece)
 #pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        const int row = first + 8 * i, place = row * (kRotary / 2) + 4 * j + lane % 4;
-        angle[i][j] = row < rows ? make_float2(cos[place], sin[place]) : make_float2(1.0f, 0.0f);
-      }
+    for (int j = 0; j < 16; ++j)  // what was unpacked is not worth registers until the sums are there
+      asm volatile("" : "+r"(pairs[piece][0][j]), "+r"(pairs[piece][1][j]));
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    float sum = square[i][0] + square[i][1];
+    sum += __shfl_xor_sync(0xFFFFFFFFu, sum, 1);
+    sum += __shfl_xor_sync(0xFFFFFFFFu, sum, 2);
+    if (lane % 4 < 2) store_at(&exchange.sums[64 * rank + first + 8 * i], sum, exchange.arrived, lane % 4);
   }
   barrier_wait(exchange.arrived, exchange.parity);
 #pragma unroll
@@ -133,21 +139,30 @@ __device__ __forceinline__ void finish_heads(float (&total)[2][64], const HeadSu
 #pragma unroll
     for (int piece = 0; piece < 2; ++piece) {
 #pragma unroll
-      for (int j = 0; j < 64; j += 4) {
-        total[piece][j + 2 * i] = rounded(total[piece][j + 2 * i] * factor);
-        total[piece][j + 2 * i + 1] = rounded(total[piece][j + 2 * i + 1] * factor);
+      for (int j = 0; j < 16; ++j) {
+        const float2 value = unpack_bf16(pairs[piece][i][j]);
+        pairs[piece][i][j] = pack_bf16(value.x * factor, value.y * factor);
       }
     }
-    if (rank == 1) {
+    if (rank == 1 && row < rows) {
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
-        float& a = total[1][32 + 4 * j + 2 * i];
-        float& b = total[1][32 + 4 * j + 2 * i + 1];
-        const float turned = a * angle[i][j].x - b * angle[i][j].y;
-        b = b * angle[i][j].x + a * angle[i][j].y;
-        a = turned;
+        const int place = row * (kRotary / 2) + 4 * j + lane % 4;
+        const float c = cos[place], s = sin[place];
+        const float2 value = unpack_bf16(pairs[1][i][8 + j]);
+        pairs[1][i][8 + j] = pack_bf16(value.x * c - value.y * s, value.y * c + value.x * s);
       }
     }
+  }
+}
+
+// A piece of finished heads into two panels of 128 bytes a row.
+__device__ __forceinline__ void stage_pairs(const uint32_t (&pairs)[2][16], uint8_t* area, int warp, int lane) {
+#pragma unroll
+  for (int j = 0; j < 16; j += 2) {
+    const uint32_t packed[4] = {pairs[0][j], pairs[1][j], pairs[0][j + 1], pairs[1][j + 1]};
+    const uint8_t* panel = area + j / 8 * (64 * 128);
+    store_matrices(shared_address(panel) + swizzled<128>(16 * warp + lane % 16, (j + lane / 16) % 8), packed);
   }
 }
 

@@ -6,11 +6,20 @@ import pytest
 import torch
 
 from kernels.fp8_gemm import fp8_gemm_ref
-from kernels.gpu_fp8_gemm import HEAD_TILES, TILES, HeadFinish, Tile, launch_hopper, tile_for
+from kernels.gpu_fp8_gemm import (
+    HEAD_TILES,
+    TILES,
+    HeadFinish,
+    Tile,
+    fp8_gemm_gpu,
+    fp8_product_gpu,
+    launch_hopper,
+    tile_for,
+)
 from kernels.quantize import decode_e8m0, dequantize_fp8_tiles, quantize_fp8, quantize_fp8_tiles
 from kernels.rms_norm import rms_norm_ref
 from kernels.rope import rope_angles, rope_ref
-from kernels.triton_fp8_gemm import _few_rows, fp8_gemm_triton, fp8_product, grouped_output_fp8
+from kernels.triton_fp8_gemm import fp8_product
 from kernels.triton_quantize import quantize_activations
 
 
@@ -40,7 +49,7 @@ def test_activations_become_the_released_codes_bit_for_bit(generator, device, ro
 def test_products_match_the_reference(generator, device, rows, outputs, channels):
     codes, scales = _weight(generator, device, outputs, channels)
     x = torch.randn(rows, channels, generator=generator, device=device).bfloat16()
-    got = fp8_gemm_triton(x, codes, scales)
+    got = fp8_gemm_gpu(x, codes, scales)
     expected = fp8_gemm_ref(x.float(), codes, scales)
     assert got.dtype == torch.bfloat16
     assert _relative(got, expected) < 3e-3
@@ -50,21 +59,18 @@ def test_float32_products_match_to_the_accuracy_of_their_sums(generator, device)
     codes, scales = _weight(generator, device, 64, 512)
     x = torch.randn(9, 512, generator=generator, device=device)
     limit = 5e-4 if x.is_cuda else 2e-5  # FP8 tensor cores add with fewer bits than float32
-    assert _relative(fp8_gemm_triton(x, codes, scales), fp8_gemm_ref(x, codes, scales)) < limit
+    assert _relative(fp8_gemm_gpu(x, codes, scales), fp8_gemm_ref(x, codes, scales)) < limit
 
 
-@pytest.mark.parametrize("split", [2, 4])
-def test_split_products_match_and_leave_their_counters_at_zero(generator, device, split):
-    codes, scales = _weight(generator, device, 128, 1024)
-    rows = quantize_activations(torch.randn(20, 1024, generator=generator, device=device).bfloat16())
-    weight = codes.view(torch.float8_e4m3fn)
-    results = []
-    for parts in (1, split, split):
-        y = torch.full((20, 128), torch.nan, device=device)
-        _few_rows(rows, weight, scales, y, 1, parts)
-        results.append(y)
-    assert _relative(results[1], results[0]) < 1e-5
-    assert torch.equal(results[1], results[2])
+@pytest.mark.gpu
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_row_has_the_same_bits_alone_and_among_many(generator, device, groups):
+    codes, scales = _weight(generator, device, 256, 640)
+    x = torch.randn(70, groups * 640, generator=generator, device=device).bfloat16()
+    many = fp8_product(quantize_activations(x), codes, scales, torch.float32, groups)
+    for rows in (1, 20, 64):
+        few = fp8_product(quantize_activations(x[:rows]), codes, scales, torch.float32, groups)
+        assert torch.equal(few, many[:rows])
 
 
 @pytest.mark.parametrize("rows", [1, 40, 70])
@@ -72,7 +78,7 @@ def test_grouped_products_keep_groups_apart(generator, device, rows):
     groups, channels, rank = 3, 256, 128
     codes, scales = _weight(generator, device, groups * rank, channels)
     x = torch.randn(rows, groups, channels, generator=generator, device=device).bfloat16()
-    got = grouped_output_fp8(x, codes, scales)
+    got = fp8_product_gpu(quantize_activations(x.flatten(1)), codes, scales, x.dtype, groups)
     weight = dequantize_fp8_tiles(codes, scales, 128).view(groups, rank, channels)
     for group in range(groups):
         expected = fp8_gemm_ref(x[:, group].float(), *quantize_fp8_tiles(weight[group], 128))
