@@ -149,7 +149,7 @@ def top_entries_hopper(
     if threads is None:
         threads = 256 if most <= 4096 else 1024
     error = cuda_build.load("top_entries").top_entries(
-        cuda_build.address(scores_TL), c_int64(scores_TL.stride(0)), cuda_build.address(positions_T),
+        cuda_build.address(scores_TL), c_int64(scores_TL.stride(0)), most, cuda_build.address(positions_T),
         cuda_build.address(output_TK), num_tokens, ratio, topk, threads, cuda_build.stream(scores_TL.device),
     )  # fmt: skip
     cuda_build.check(error, f"top_entries({num_tokens} x {most})")
