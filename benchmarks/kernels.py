@@ -19,7 +19,8 @@ BENCHES = {
     "elementwise": ("benchmarks.kernels_elementwise", "run"),
     "state": ("benchmarks.kernels_state", "run"),
     "gemm": ("benchmarks.kernels_dense", "run_gemm"),
-    "hyper": ("benchmarks.kernels_dense", "run_hyper"),
+    "hyper": ("benchmarks.kernels_between", "run_hyper"),
+    "wide": ("benchmarks.kernels_between", "run_wide"),
 }
 
 

@@ -1,4 +1,4 @@
-"""FP8 block products and hyper-connections at Flash's size."""
+"""FP8 block products at Flash's size."""
 
 from __future__ import annotations
 
@@ -10,9 +10,7 @@ from torch import Tensor
 
 from benchmarks.kernels_timing import Call, Table, graph_us, isolated_us
 from kernels.gpu_fp8_gemm import fp8_heads, fp8_product_codes, fp8_product_gpu
-from kernels.hyper_connection import HyperSettings, HyperWeights, Mix
 from kernels.quantize import QuantizedRows
-from kernels.triton_hyper_connection import hyper_post_pre_triton
 from kernels.triton_quantize import quantize_activations
 
 ROWS = (64, 256, 512, 16384)
@@ -73,22 +71,3 @@ def run_gemm(table: Table, quick: bool = False) -> None:
         x = torch.randn(rows, 32768 if rows <= 512 else 8192, device="cuda").bfloat16()
         us, how = _measure([partial(quantize_activations, x)], rows)
         table.add("quantise 1x128", f"{rows} x {x.shape[1]}", us, 3.0 * x.numel(), how=how)
-
-
-def run_hyper(table: Table, quick: bool = False) -> None:
-    settings = HyperSettings(iterations=20, hc_eps=1e-6, norm_eps=1e-6)
-    hidden = 4096
-    weights = HyperWeights(
-        torch.randn(24, 4 * hidden, device="cuda") / 64, torch.randn(24, device="cuda"), torch.rand(24, device="cuda")
-    )
-    norm = torch.rand(hidden, device="cuda") + 0.5
-    for rows, peer in zip(ROWS, (11.6, 18.6, 25.6, 627), strict=True):
-        calls: list[Call] = []
-        for _ in range(max(1, min(6, 1024 // rows))):
-            streams = torch.randn(rows, 4, hidden, device="cuda").bfloat16()
-            output = torch.randn(rows, hidden, device="cuda").bfloat16()
-            mix = Mix(torch.rand(rows, 4, device="cuda"), torch.rand(rows, 4, 4, device="cuda").softmax(-1))
-            calls.append(partial(hyper_post_pre_triton, output, streams, mix, weights, norm, settings))
-        us, how = _measure(calls, rows)
-        num_bytes = rows * hidden * 2 * (4 + 4 + 1 + 1) + weights.fn.numel() * 4
-        table.add("mHC post+pre+norm", f"T={rows}", us, num_bytes, peer=peer, how=how)
