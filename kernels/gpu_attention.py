@@ -32,13 +32,15 @@ MIN_READS = 4
 MAX_TABLE_BYTES = 1 << 27
 
 
-def fits_hopper(q_THD: Tensor, window: PackedRows) -> bool:
+def fits_hopper(q_THD: Tensor, window: PackedRows, index: BatchIndex) -> bool:
     """Whether the shapes and this machine can run the Hopper kernels."""
     if (
         not q_THD.is_cuda
         or tuple(q_THD.shape[1:]) != (HEADS, CHANNELS)
         or window.format != "kv_fp8"
         or window.rope_dim != ROPE
+        or window.rows & (window.rows - 1)
+        or index.page_tokens & (index.page_tokens - 1)
     ):
         return False
     try:
@@ -130,8 +132,8 @@ def sparse_attention_hopper(
     )  # fmt: skip
     integers = (
         index.page_table.stride(0), selected.stride(0), window.rows, listed, max(1, rows_per_page),
-        ratio if every else 0, max(1, ratio), num_tokens, index.num_requests, index.page_table.shape[1] * rows_per_page,
-        splits,
+        ratio if every else 0, max(1, ratio), max(1, rows_per_page).bit_length() - 1, num_tokens, index.num_requests,
+        index.page_table.shape[1] * rows_per_page, splits,
     )  # fmt: skip
     name = "chunk_attention" if widened else "sparse_attention"
     error = getattr(cuda_build.load(name), name)(
@@ -162,7 +164,7 @@ def sparse_attention_gpu(
 ) -> Tensor | QuantizedRows:
     """kernels.sparse_attention.sparse_attention, or with angles sparse_attention_for_fp8, by the fastest kernel that
     fits."""
-    if fits_hopper(q_THD, window):
+    if fits_hopper(q_THD, window, index):
         return sparse_attention_hopper(
             q_THD, chunk, window, sink_H, index, scale, entries, selected_TK, ratio, angles
         )  # fmt: skip

@@ -47,6 +47,7 @@ struct Arguments {
   int stride_pages, stride_selected, window, num_selected, rows_per_page;
   int every_ratio;  // not 0: no list, a token attends to all entries of that many tokens which it can see
   int ratio;        // tokens of an entry
+  int page_shift;   // log2 of rows_per_page; that and `window` are powers of two
   int num_tokens, num_requests;
   int entries_each;  // rows of the table for one request's entries
   int splits;        // items a token's tiles are divided into; more than one: their sums go to `parts`
@@ -69,7 +70,7 @@ inline Arguments arguments_of(const void* const* pointers, const int64_t* stride
                           &a.stride_entry_scales, &a.stride_scales})
     *stride = *strides++;
   for (int* integer : {&a.stride_pages, &a.stride_selected, &a.window, &a.num_selected, &a.rows_per_page, &a.every_ratio,
-                       &a.ratio, &a.num_tokens, &a.num_requests, &a.entries_each, &a.splits})
+                       &a.ratio, &a.page_shift, &a.num_tokens, &a.num_requests, &a.entries_each, &a.splits})
     *integer = *integers++;
   a.logit_scale = logit_scale;
   return a;
@@ -188,6 +189,15 @@ __device__ __forceinline__ void wgmma_values(float (&d)[64], uint64_t a, uint64_
 }
 
 // --- gather --------------------------------------------------------------------------------------------------------------
+
+// *source, or -1 if not wanted: without a branch, so that nothing waits for it before it is used.
+__device__ __forceinline__ int load_if(const int* source, bool wanted) {
+  int value;
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %2, 0;\nmov.b32 %0, -1;\n@p ld.global.nc.b32 %0, [%1];\n}\n"
+               : "=r"(value)
+               : "l"(source), "r"(static_cast<int>(wanted)));
+  return value;
+}
 
 __device__ __forceinline__ void arrive_when_copied(uint64_t* barrier) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(barrier)) : "memory");

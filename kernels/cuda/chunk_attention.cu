@@ -70,39 +70,45 @@ __global__ void __launch_bounds__(256) widen_kernel(const Arguments a, int64_t n
   }
 }
 
-// Eight threads take a row and a thread takes four rows of a tile, so that a warp reads whole lines.
+// Eight threads take a row and a thread takes four rows of a tile, so that a warp reads whole lines. What a tile's rows are is
+// read while the tile before is copied, and whose token comes next while this one's tiles are.
 __device__ __forceinline__ void gather(const Arguments& a, Shared<kStages>& shared, const uint8_t* tiles, int thread) {
   const int row = thread / 8, part = thread % 8;
   const int window_keys = (a.window + kKeys - 1) / kKeys * kKeys, num_ring = a.num_requests * a.window;
   const uint32_t place = shared_address(tiles) + row * 128 + ((part ^ (row % 8)) * 16);
   const uint8_t* table = a.table + part * 16;
   RingPlace<kStages> at;
+  int request = a.requests[blockIdx.x], position = static_cast<int>(a.positions[blockIdx.x]);
   for (int token = blockIdx.x; token < a.num_tokens; token += gridDim.x) {
-    const Item item = item_of(a, token);
-    const int request = a.requests[token], position = static_cast<int>(a.positions[token]);
+    const bool more = token + static_cast<int>(gridDim.x) < a.num_tokens;
+    const int next_request = load_if(a.requests + token + gridDim.x, more);
+    const int next_position = load_if(reinterpret_cast<const int*>(a.positions + token + gridDim.x), more);
     const int context = a.context_len[request], fresh = num_ring + a.query_start[request] - context;
     const int first_entry = num_ring + a.num_tokens + request * a.entries_each, num_entries = num_entries_of(a, position);
+    const int num_tiles = (window_keys + num_entries + kKeys - 1) / kKeys;
     const int* selected = a.selected + static_cast<int64_t>(token) * a.stride_selected;
-    if (thread == 0 && token + static_cast<int>(gridDim.x) < a.num_tokens) {
+    if (thread == 0 && more) {
       asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(a.q + (token + gridDim.x) * a.stride_q),
                    "r"(kHeads * kChannels * 2));
     }
     gather_query(a, shared, tiles, token, at, thread);
     if (part == 0) barrier_arrive(&shared.full[at.stage][0]);
     at.advance();
-    for (int tile = 0; tile < item.last; ++tile) {
+    int listed[4];  // of the next tile
+    for (int tile = 0; tile < num_tiles; ++tile) {
       int number[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const int key = tile * kKeys + row + 16 * i;
+        const int key = tile * kKeys + row + 16 * i, from = position - key, index = key - window_keys;
         number[i] = -1;
-        if (key < window_keys) {
-          const int from = position - key;
+        if (index < 0) {
           if (key < a.window && from >= 0) number[i] = from >= context ? fresh + from : request * a.window + from % a.window;
-        } else if (key - window_keys < num_entries) {
-          const int entry = a.every_ratio ? key - window_keys : selected[key - window_keys];
+        } else if (index < num_entries) {
+          const int entry = a.every_ratio ? index : listed[i];
           if (entry >= 0) number[i] = first_entry + entry;
         }
+        const int next = index + kKeys;
+        listed[i] = load_if(selected + next, next >= 0 && next < a.num_selected);
       }
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
@@ -125,6 +131,7 @@ __device__ __forceinline__ void gather(const Arguments& a, Shared<kStages>& shar
       }
       at.advance();
     }
+    request = next_request, position = next_position;
   }
   asm volatile("cp.async.wait_all;" ::: "memory");
 }

@@ -24,91 +24,117 @@ __device__ __forceinline__ void copy_async(uint32_t target, const uint8_t* sourc
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target), "l"(source), "r"(live ? 16 : 0) : "memory");
 }
 
-// Where the rows that are requested next belong.
+enum Pool { kNowhere, kRing, kChunk, kEntries };
+
+// A row to be requested. Its page (or slot) may still be on its way from memory: nothing looks at it before the next turn.
+struct Location {
+  Pool pool = kNowhere;
+  int page, row;
+};
+
+// Walks this thread's rows, one of every half of a tile, a turn ahead of their request.
 struct Cursor {
-  int number, left;  // item, halves of its tiles that are still to be requested
-  int key, limit;    // of this thread's row: its number among the token's keys, and the first one that is not the item's
+  int number, left;  // item, halves of its tiles that are still to be located
+  int key, limit;    // of the thread's row: its number among the token's keys, and the first one that is not the item's
   int position, context, fresh, request, token;
-  int entry;  // the listed entry of that key, read ahead
+  int entry;  // the listed entry of that key, read a turn ahead
 };
 
 __device__ __forceinline__ void read_entry(const Arguments& a, Cursor& at, int window_keys) {
   const int place = at.key - window_keys;
-  if (place >= 0 && place < a.num_selected) at.entry = a.selected[static_cast<int64_t>(at.token) * a.stride_selected + place];
+  at.entry = load_if(a.selected + static_cast<int64_t>(at.token) * a.stride_selected + place,
+                     at.left > 0 && place >= 0 && place < a.num_selected);
 }
 
 __device__ __forceinline__ void start_item(const Arguments& a, Cursor& at, int number, int row, int window_keys) {
   at.number = number;
   at.left = 0;
-  if (number >= a.num_tokens * a.splits) return;
-  const Item item = item_of(a, number);
-  at.token = item.token;
-  at.request = a.requests[item.token];
-  at.position = static_cast<int>(a.positions[item.token]);
-  at.context = a.context_len[at.request];
-  at.fresh = a.query_start[at.request] - at.context;
-  at.key = item.first * kKeys + row;
-  at.limit = item.last * kKeys;
-  at.left = 2 * item.num_tiles();
-  read_entry(a, at, window_keys);
+  if (number < a.num_tokens * a.splits) {
+    const Item item = item_of(a, number);
+    at.token = item.token;
+    at.request = a.requests[item.token];
+    at.position = static_cast<int>(a.positions[item.token]);
+    at.context = a.context_len[at.request];
+    at.fresh = a.query_start[at.request] - at.context;
+    at.key = item.first * kKeys + row;
+    at.limit = item.last * kKeys;
+    at.left = 2 * item.num_tiles();
+    read_entry(a, at, window_keys);
+  }
 }
 
-// Requests the next half of a tile, four threads a row; whether this thread's row is a key. Nothing is left after the last item.
-__device__ __forceinline__ bool request_rows(const Arguments& a, Cursor& at, uint32_t target, uint32_t scale_target, int row,
-                                             int quarter, int window_keys) {
+// The row of the cursor, which moves on. After the last item nothing is left to be located.
+__device__ __forceinline__ Location locate(const Arguments& a, Cursor& at, int row, int window_keys) {
+  Location location;
   if (at.left == 0) start_item(a, at, at.number + gridDim.x, row, window_keys);
-  bool live = false;
   if (at.left > 0) {
-    const uint8_t *data = a.ring, *scales = a.ring_scales;
-    if (at.key < window_keys) {
-      const int place = at.position - at.key;
-      live = at.key < min(a.window, at.limit) && place >= 0;
-      if (live && place >= at.context) {
-        const int64_t number = at.fresh + place;
-        data = a.chunk + number * a.stride_chunk, scales = a.chunk_scales + number * a.stride_chunk_scales;
-      } else if (live) {
-        const int64_t slot = a.slot_ids[at.request], number = place % a.window;
-        data += slot * a.stride_slot + number * a.stride_row;
-        scales += slot * a.stride_slot_scales + number * a.stride_row_scales;
+    const int from = at.position - at.key, index = at.key - window_keys;
+    const int* source = a.slot_ids + at.request;
+    if (index < 0) {
+      if (at.key < min(a.window, at.limit) && from >= 0) {
+        location.pool = from >= at.context ? kChunk : kRing;
+        location.row = from >= at.context ? at.fresh + from : from & (a.window - 1);
       }
     } else {
-      const int place = at.key - window_keys;
-      const int entry = a.every_ratio ? place : at.entry;
-      live = at.key < at.limit && place < num_entries_of(a, at.position) && entry >= 0;
-      if (live) {
-        const int64_t page = a.page_table[static_cast<int64_t>(at.request) * a.stride_pages + entry / a.rows_per_page];
-        const int number = entry % a.rows_per_page;
-        data = a.entries + page * a.stride_page + number * a.stride_entry;
-        scales = a.entry_scales + page * a.stride_page_scales + number * a.stride_entry_scales;
+      const int entry = a.every_ratio ? index : at.entry;
+      if (at.key < at.limit && index < num_entries_of(a, at.position) && entry >= 0) {
+        location.pool = kEntries;
+        location.row = entry & (a.rows_per_page - 1);
+        source = a.page_table + static_cast<int64_t>(at.request) * a.stride_pages + (entry >> a.page_shift);
       }
     }
-#pragma unroll
-    for (int i = 0; i < kRowBytes / 64; ++i) copy_async(target + 64 * i, data + 16 * quarter + 64 * i, live);
-    if (quarter == 0) {
-      asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(scale_target), "l"(scales), "r"(live ? 8 : 0)
-                   : "memory");
-    }
+    location.page = load_if(source, location.pool != kNowhere);
     --at.left;
     at.key += kRows;
-    if (!a.every_ratio && at.left > 0) read_entry(a, at, window_keys);
+    read_entry(a, at, window_keys);
   }
-  asm volatile("cp.async.commit_group;" ::: "memory");
-  return live;
+  return location;
 }
 
-// This thread's quarter of a raw row -> its row of a tile, in the tiles' order of channels. `target`: the row's first byte, with
-// the row's swizzle and half * 64 of the first chunk already in it, where half is quarter / 2.
+// Requests a row, with four threads of which this one is `quarter`.
+__device__ __forceinline__ void request_row(const Arguments& a, const Location& location, uint32_t target, uint32_t scale_target,
+                                            int quarter) {
+  const int64_t page = location.page, row = location.row;
+  const uint8_t *data = a.ring, *scales = a.ring_scales;
+  if (location.pool == kEntries) {
+    data = a.entries + page * a.stride_page + row * a.stride_entry;
+    scales = a.entry_scales + page * a.stride_page_scales + row * a.stride_entry_scales;
+  } else if (location.pool == kRing) {
+    data += page * a.stride_slot + row * a.stride_row;
+    scales += page * a.stride_slot_scales + row * a.stride_row_scales;
+  } else if (location.pool == kChunk) {
+    data = a.chunk + row * a.stride_chunk;
+    scales = a.chunk_scales + row * a.stride_chunk_scales;
+  }
+  const bool live = location.pool != kNowhere;
+#pragma unroll
+  for (int i = 0; i < kRowBytes / 64; ++i) copy_async(target + 64 * i, data + 16 * quarter + 64 * i, live);
+  if (quarter == 0) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(scale_target), "l"(scales), "r"(live ? 8 : 0) : "memory");
+  }
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+
+__device__ __forceinline__ uint4 read_shared(uint32_t address) {
+  uint4 value;
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+               : "r"(address)
+               : "memory");
+  return value;
+}
+
+// This thread's quarter of a raw row -> its row of a tile, in the tiles' order of channels. The next part is read before one is
+// widened.
 __device__ __forceinline__ void widen_row(uint32_t raw, uint32_t scales, uint32_t row, int swizzle, int quarter) {
   uint32_t exponents[2];
   asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(exponents[0]), "=r"(exponents[1]) : "r"(scales) : "memory");
+  uint4 next = read_shared(raw);
   const uint32_t pairs = row + ((quarter / 2 * 64) ^ swizzle) + quarter % 2 * 8;
 #pragma unroll
   for (int i = 0; i < kPlain / 64; ++i) {
-    uint4 codes;
-    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(codes.x), "=r"(codes.y), "=r"(codes.z), "=r"(codes.w)
-                 : "r"(raw + 64 * i)
-                 : "memory");
+    const uint4 codes = next;
+    next = read_shared(raw + 64 * (i + 1));
     uint32_t word[8];
     widen_part(word, codes, (exponents[i / 4] >> (i % 4 * 8)) & 0xFF);
 #pragma unroll
@@ -117,15 +143,11 @@ __device__ __forceinline__ void widen_row(uint32_t raw, uint32_t scales, uint32_
                    : "memory");
     }
   }
+  const uint4 rotary[2] = {next, read_shared(raw + kPlain + 64)};
   const uint32_t words = row + swizzle + quarter * 4;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    uint4 rotary;
-    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(rotary.x), "=r"(rotary.y), "=r"(rotary.z), "=r"(rotary.w)
-                 : "r"(raw + kPlain + 64 * i)
-                 : "memory");
-    const uint32_t word[4] = {rotary.x, rotary.y, rotary.z, rotary.w};
+    const uint32_t word[4] = {rotary[i].x, rotary[i].y, rotary[i].z, rotary[i].w};
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       asm volatile("st.shared.b32 [%0], %1;" ::"r"((words ^ (16 * (4 * i + j))) + kPlain / 64 * kSubTile), "r"(word[j])
@@ -142,22 +164,26 @@ __device__ __forceinline__ void gather(const Arguments& a, Shared<kStages>& shar
   const uint32_t scale_place = shared_address(raw) + kSlots * kRows * kRowBytes + row * kScaleBytes;
   Cursor cursor;
   start_item(a, cursor, blockIdx.x, row, window_keys);
-  uint32_t live = 0;  // a bit for every half requested, the latest lowest
+  uint32_t live = 0;      // a bit for every half requested, the latest lowest
   int ask = 0, take = 0;  // slots of the raw buffer
-  for (int i = 0; i < kAhead; ++i, ++ask) {
-    live = live << 1 | request_rows(a, cursor, raw_place + ask * kRows * kRowBytes, scale_place + ask * kRows * kScaleBytes, row,
-                                    quarter, window_keys);
-  }
+  Location location = locate(a, cursor, row, window_keys);
+  const auto request_next = [&] {
+    live = live << 1 | (location.pool != kNowhere ? 1u : 0u);
+    request_row(a, location, raw_place + ask * kRows * kRowBytes, scale_place + ask * kRows * kScaleBytes, quarter);
+    if (++ask == kSlots) ask = 0;
+    location = locate(a, cursor, row, window_keys);
+  };
+#pragma unroll 1
+  for (int i = 0; i < kAhead; ++i) request_next();
   RingPlace<kStages> at;
   for (int number = blockIdx.x; number < a.num_tokens * a.splits; number += gridDim.x) {
     const Item item = item_of(a, number);
     gather_query(a, shared, tiles, item.token, at, thread);
     at.advance();
     for (int tile = item.num_tiles(); tile > 0; --tile) {
+#pragma unroll 1
       for (int half = 0; half < 2; ++half) {
-        live = live << 1 | request_rows(a, cursor, raw_place + ask * kRows * kRowBytes,
-                                        scale_place + ask * kRows * kScaleBytes, row, quarter, window_keys);
-        if (++ask == kSlots) ask = 0;
+        request_next();
         asm volatile("cp.async.wait_group %0;" ::"n"(kAhead) : "memory");
         __syncwarp();  // a row's scales came through one of its four threads
         if (half == 0) {

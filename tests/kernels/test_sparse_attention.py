@@ -164,9 +164,11 @@ def test_the_hopper_kernel_fills_one_wave(tokens, keys, splits):
     assert hopper_splits_for(tokens, keys, 132) == splits
 
 
-def test_the_hopper_kernel_is_not_offered_other_shapes(device):
-    window = _pool(device, 1, 16, 128, "kv_fp8")
-    assert not fits_hopper(torch.empty(1, 64, 128, dtype=torch.bfloat16, device=device), window)
+def test_the_hopper_kernel_is_not_offered_other_shapes(generator, device):
+    query, _, ring, _, index, _, _ = _case(
+        generator, device, [(3, 1)], heads=64, width=128, window=16, listed=8, form="kv_fp8"
+    )
+    assert not fits_hopper(query, ring, index)
 
 
 def _angles(index):
