@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernels.fp8_gemm import fp8_gemm_ref
+from kernels.fp8_gemm import fp8_gemm, fp8_gemm_ref
 from kernels.gpu_fp8_gemm import (
     HEAD_TILES,
     TILES,
@@ -17,6 +17,7 @@ from kernels.gpu_fp8_gemm import (
     tile_for,
 )
 from kernels.quantize import decode_e8m0, dequantize_fp8_tiles, quantize_fp8, quantize_fp8_tiles
+from kernels.query_heads import query_heads
 from kernels.rms_norm import rms_norm_ref
 from kernels.rope import rope_angles, rope_ref
 from kernels.triton_fp8_gemm import fp8_product
@@ -151,3 +152,26 @@ def test_heads_are_finished_on_the_way_as_in_two_steps(generator, device, rows, 
     assert torch.equal(*got)
     assert _relative(got[0], expected) < 1e-3
     assert float((got[0] == expected).float().mean()) > 0.99  # the sum of squares has another order
+
+
+@pytest.mark.parametrize("rows", [0, 3])
+def test_heads_that_no_kernel_finishes_are_the_plain_product(generator, device, rows):
+    codes, scales = _weight(generator, device, 256, 128)
+    x = torch.randn(rows, 128, generator=generator, device=device).bfloat16()
+    angles = rope_angles(torch.arange(rows, device=device), torch.ones(32, device=device))
+    heads = query_heads(x, codes, scales, 128, angles, 1e-6)
+    assert not heads.finished
+    assert torch.equal(heads.values_THD.flatten(1), fp8_gemm(x, codes, scales))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [0, 1, 70])
+def test_heads_of_512_are_finished_in_any_form_of_the_latent(generator, device, rows):
+    codes, scales = _weight(generator, device, 1024, 256)
+    x = torch.randn(rows, 256, generator=generator, device=device).bfloat16()
+    angles = rope_angles(torch.arange(rows, device=device), torch.ones(32, device=device))
+    plain, quantised = (query_heads(form, codes, scales, 512, angles, 1e-6) for form in (x, quantize_activations(x)))
+    assert plain.finished
+    assert quantised.finished
+    assert plain.values_THD.shape == (rows, 2, 512)
+    assert torch.equal(plain.values_THD, quantised.values_THD)
