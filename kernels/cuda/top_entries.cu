@@ -46,10 +46,12 @@ struct Row {
   __device__ __forceinline__ int entry(int piece, int item) const {
     return first + piece * kPiece + item / 4 * 128 + item % 4;
   }
-  // NaN stands for what does not count: it never compares, and minima and maxima pass over it.
+  // NaN stands for what does not count: it never compares, and minima and maxima pass over it. A score that is NaN counts as the
+  // lowest, so that there are always `seen` of them.
   __device__ __forceinline__ void mask(int piece, float (&score)[kItems]) const {
 #pragma unroll
-    for (int i = 0; i < kItems; ++i) score[i] = entry(piece, i) < seen ? score[i] : __uint_as_float(0x7FFFFFFFu);
+    for (int i = 0; i < kItems; ++i)
+      score[i] = entry(piece, i) < seen ? fmaxf(score[i], __uint_as_float(0xFF800000u)) : __uint_as_float(0x7FFFFFFFu);
   }
   __device__ __forceinline__ void load(int piece, float (&score)[kItems]) const {
 #pragma unroll

@@ -172,12 +172,16 @@ def _row_of(kind, count, seed):
         "narrow": 5 + 1e-6 * scores,
         "zeros": torch.where(scores > 0, 0.0, -0.0),
         "two clusters": torch.where(scores > 1.2, 1e20 + 1e15 * scores, 1e-20 * scores),
+        "partly NaN": torch.where(scores > 0.5, torch.nan, scores),
+        "NaN": torch.full_like(scores, torch.nan),
     }[kind]
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("threads", [256, 1024])
-@pytest.mark.parametrize("kind", ["plain", "ties", "equal", "infinite", "narrow", "zeros", "two clusters"])
+@pytest.mark.parametrize(
+    "kind", ["plain", "ties", "equal", "infinite", "narrow", "zeros", "two clusters", "partly NaN", "NaN"]
+)
 @pytest.mark.parametrize(("width", "topk"), [(2048, 512), (2052, 1), (30000, 512), (30000, 2047)])
 def test_the_best_entries_are_exact_and_ascend(device, width, topk, kind, threads):
     seen = torch.tensor([0, 1, topk, topk + 1, topk + 2, min(width, 2048), width - 1, width]).clamp(max=width)
@@ -186,7 +190,8 @@ def test_the_best_entries_are_exact_and_ascend(device, width, topk, kind, thread
     for number, count in enumerate(seen.tolist()):
         if count > topk:
             scores[number, :count] = _row_of(kind, count, number)
-            best = top_entries_ref(scores[number : number + 1, :count], torch.tensor([count]), topk)
+            ordered = torch.where(scores[number].isnan(), -torch.inf, scores[number])  # a NaN counts as the lowest
+            best = top_entries_ref(ordered[None, :count], torch.tensor([count]), topk)
             expected[number] = best.sort().values
         else:
             expected[number, :count] = torch.arange(count)
