@@ -81,7 +81,9 @@ class WireConnector:
         send["slot"], send["first"] = slot_id, first
 
     def cancel_send(self, transfer_id, reason):
-        self.wire.end_send(transfer_id, "failed")
+        # As the agent does: a send that has ended already, of which the engine has not heard yet, is let be.
+        if transfer_id in self.wire.sends:
+            self.wire.end_send(transfer_id, "failed")
 
     def receive(self, transfer_id, source_address, source_epoch, prompt_ids, page_ids, slot_id):
         self.wire.receives[transfer_id] = {
