@@ -49,7 +49,7 @@ class HeadFinish(NamedTuple):
 
 _STEP_US = {
     Tile(64, 32): 0.23, Tile(64, 64): 0.24, Tile(64, 128): 0.36, Tile(128, 64): 0.31, Tile(128, 128): 0.45,
-    Tile(256, 128): 0.88, Tile(256, 128, 2): 0.82,
+    Tile(256, 128): 0.88, Tile(128, 256, 2, 16): 0.81,
 }  # fmt: skip
 """Tiles of values, and what 128 channels take when all multiprocessors work at such a tile, measured on an H100."""
 TILES = tuple(_STEP_US)
@@ -66,7 +66,7 @@ def tile_for(num_rows: int, outputs: int, groups: int, multiprocessors: int, *, 
     def fits(tile: Tile) -> bool:
         shared = tile.cluster == 1 or num_rows > MANY_ROWS
         whole = outputs // groups % (tile.outputs * tile.cluster) == 0
-        return shared and whole and (tile.outputs == BLOCK or not codes)
+        return shared and whole and (tile.outputs >= BLOCK or not codes)
 
     def duration(tile: Tile) -> float:
         tiles = -(-num_rows // tile.rows) * (outputs // tile.outputs)

@@ -101,7 +101,7 @@ def test_shapes_that_do_not_fit_are_refused(generator, device):
 def test_a_tile_fits_every_product_of_whole_blocks(rows, outputs, groups, codes):
     tile = tile_for(rows, outputs, groups, 132, codes=codes)
     assert outputs // groups % (tile.outputs * tile.cluster) == 0
-    assert tile.outputs == 128 or not codes
+    assert tile.outputs >= 128 or not codes
     assert tile.rows == 64 or rows > 64
 
 
@@ -115,7 +115,14 @@ def _hopper(rows, codes, scales, groups, tile, **result):
     return y[:count]
 
 
-HOPPER_SHAPES = [(1, 512, 128, 1), (65, 512, 384, 2), (130, 1536, 1920, 1), (300, 2048, 4096, 8), (64, 512, 8192, 1)]
+HOPPER_SHAPES = [
+    (1, 512, 128, 1),
+    (65, 512, 384, 2),
+    (130, 1536, 1920, 1),
+    (300, 2048, 1024, 4),
+    (70, 1024, 4096, 8),
+    (64, 512, 8192, 1),
+]
 
 
 @pytest.mark.gpu
@@ -128,11 +135,11 @@ def test_every_tile_of_the_hopper_kernel_gives_the_same_bits(generator, device, 
     first = _hopper(quantised, codes, scales, groups, Tile(64, 64))
     assert _relative(first, expected) < 3e-3
     two_steps = quantize_activations(first)
-    for tile in (*TILES, Tile(128, 256, 1), Tile(128, 256, 2)):
+    for tile in TILES:
         if outputs // groups % (tile.outputs * tile.cluster):
             continue
         assert torch.equal(_hopper(quantised, codes, scales, groups, tile._replace(band=3)), first)
-        if tile.outputs == 128:
+        if tile.outputs >= 128:
             code_scale = torch.full_like(two_steps.scales_GR, torch.nan)
             got = _hopper(quantised, codes, scales, groups, tile, code_scale=code_scale)
             assert torch.equal(got, two_steps.codes_RD.view(torch.uint8))
