@@ -100,7 +100,7 @@ def attempt(what: str, call: Callable[[], None]) -> None:
 def stage_compile() -> None:
     with ThreadPoolExecutor() as pool:
         for name, built in [
-            (name, pool.submit(cuda_build.build, name)) for name in ("sparse_attention", "experts_w4a8")
+            (path.stem, pool.submit(cuda_build.build, path.stem)) for path in cuda_build.SOURCE_DIR.glob("*.cu")
         ]:
             attempt(name, lambda built=built: print(built.result()))  # type: ignore[misc]
 

@@ -68,7 +68,7 @@ def _run_batch(table: Table, weights: ExpertWeights, bank: PackedBank, batch: in
     hidden = packed_up(inputs, bank.up, offsets, route_weight, 10.0, chosen)
     y = packed_down(hidden, bank.down, offsets, chosen)
 
-    for size in [s for s in BLOCK_ROWS if chosen / 2 <= s <= chosen * 1.6] if decode else [64, 96, 128]:
+    for size in [s for s in BLOCK_ROWS if chosen / 2 <= s <= chosen * 1.6] if decode else [chosen]:
         shape = f"B={batch}, {count} rows, block {size}"
         us = measure(partial(packed_up, inputs, bank.up, offsets, route_weight, 10.0, size))
         table.add("experts up, CUDA", shape, us, up_bytes, up_flop, "fp8", how=how)

@@ -2,7 +2,8 @@
 
 T tokens, D hidden, I expert width, K experts a token. Numerics of the released program: e4m3 inputs in blocks of 128 of
 both products, the routing weight inside the SwiGLU, outputs of an expert rounded to bf16, their sum in float32.
-Hopper runs kernels/cuda/experts_w4a8.cu on packed weights, anything else the Triton kernels on checkpoint layout.
+Hopper runs kernels/cuda/experts_few.cu and experts_many.cu on packed weights, anything else the Triton kernels on
+checkpoint layout.
 Bound: 4.25 bits per weight of every expert hit; from about 64 rows an expert, the FP8 tensor cores.
 """
 
@@ -27,16 +28,21 @@ from kernels.triton_quantize import QuantizedRows, scale_stride
 
 __all__ = ["PackedBank", "pack_bank"]
 
-BLOCK_ROWS = (8, 16, 32, 48, 64, 96, 128)
-"""Rows of one expert a CTA computes together, as compiled in experts_w4a8.cu."""
+BLOCK_ROWS = (8, 16, 32, 48, 64, 256)
+"""Rows of one expert computed together, as compiled in experts_few.cu and, the last, in experts_many.cu."""
+
+
+MEAN_OF_MANY = 112
+"""Mean rows of an expert from which experts_many.cu is faster than two blocks of 64."""
 
 
 def block_rows_for(num_tokens: int, topk: int, total_experts: int) -> int:
-    """Rows a CTA computes together: the mean of an expert's rows under even routing plus 1.5 standard deviations,
-    so that nearly every expert's weights are read once."""
+    """Rows computed together: the mean of an expert's rows under even routing plus 1.5 standard deviations, so that
+    nearly every expert's weights are read once; from MEAN_OF_MANY the largest."""
     mean = num_tokens * topk / total_experts
     wanted = mean + 1.5 * mean**0.5
-    return next((size for size in BLOCK_ROWS if size >= wanted), BLOCK_ROWS[-1])
+    few = next((size for size in BLOCK_ROWS[:-1] if size >= wanted), BLOCK_ROWS[-2])
+    return few if mean < MEAN_OF_MANY else BLOCK_ROWS[-1]
 
 
 def _launch(
@@ -54,16 +60,17 @@ def _launch(
     codes = rows.codes_RD
     if codes.shape[1] != stages * STAGE_K:
         raise ValueError(f"rows have {codes.shape[1]} channels, the experts {stages * STAGE_K}")
-    library = cuda_build.load("experts_w4a8")
     grid = torch.cuda.get_device_properties(codes.device).multi_processor_count
-
+    few = block_rows < BLOCK_ROWS[-1]
+    launch = cuda_build.load("experts_few").experts_few if few else cuda_build.load("experts_many").experts_many
     address = cuda_build.address
-    error = library.experts_w4a8(
-        int(up), block_rows, address(codes), address(rows.scales_GR), codes.shape[0], stages, rows.scales_GR.stride(0),
-        address(matrix.data), address(matrix.row_scale), address(offsets_E), address(route_weight_R), address(output),
-        address(output_scale), experts, tiles, c_float(limit), grid, cuda_build.stream(codes.device),
+    error = launch(
+        int(up), *((block_rows,) if few else ()), address(codes), address(rows.scales_GR), codes.shape[0], stages,
+        rows.scales_GR.stride(0), address(matrix.data), address(matrix.row_scale), address(offsets_E),
+        address(route_weight_R), address(output), address(output_scale), experts, tiles, c_float(limit), grid,
+        cuda_build.stream(codes.device),
     )  # fmt: skip
-    cuda_build.check(error, f"experts_w4a8({'up' if up else 'down'}, block_rows={block_rows})")
+    cuda_build.check(error, f"experts({'up' if up else 'down'}, block_rows={block_rows})")
 
 
 def packed_up(
@@ -90,7 +97,8 @@ def packed_down(rows: QuantizedRows, matrix: PackedExperts, offsets_E: Tensor, b
 def fits_hopper(width: int, hidden: int) -> bool:
     """Whether experts of this width and this machine can run the packed kernel."""
     try:
-        cuda_build.load("experts_w4a8")
+        cuda_build.load("experts_few")
+        cuda_build.load("experts_many")
     except cuda_build.CudaUnavailable:
         return False
     return fits_packing(2 * width, hidden) and fits_packing(hidden, width)

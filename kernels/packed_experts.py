@@ -1,4 +1,4 @@
-"""MXFP4 experts in the order in which kernels/cuda/experts_w4a8.cu consumes them.
+"""MXFP4 experts in the order in which kernels/cuda/experts_few.cu and experts_many.cu consume them.
 
 E experts, M weight rows (a multiple of 256), K input channels (a multiple of 128). A tile is 256 rows, a stage of a
 tile 128 channels: four units of 64 rows, each 4096 bytes of codes in the register order of wgmma's e4m3 operand
@@ -23,6 +23,8 @@ TILE_ROWS = 256
 UNIT_ROWS = 64
 STAGE_K = 128
 GROUP = 32
+MIXED_ROWS = 8
+"""Rows apart in wgmma's accumulators that one thread holds both of."""
 MAX_SHIFT = 14
 UNIT_BYTES = UNIT_ROWS * STAGE_K // 2
 UNIT_SHIFTS = UNIT_ROWS * STAGE_K // GROUP
@@ -63,8 +65,8 @@ def empty_bank(first: int, experts: int, width: int, hidden: int, device: torch.
 
 
 def gate_up_order(width: int, device: torch.device | None = None) -> Tensor:
-    """Packed row order of stacked gate and up rows [2 * width]: 64 gate rows, then the up rows of the same columns."""
-    gate = torch.arange(width, device=device).unflatten(0, (-1, UNIT_ROWS))
+    """Packed row order of stacked gate and up rows [2 * width]: 8 gate rows, then the up rows of the same columns."""
+    gate = torch.arange(width, device=device).unflatten(0, (-1, MIXED_ROWS))
     return torch.stack((gate, gate + width), 1).flatten()
 
 

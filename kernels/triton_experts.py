@@ -1,4 +1,4 @@
-"""Routed experts with MXFP4 weights in Triton, from checkpoint layout: what runs where experts_w4a8.cu cannot.
+"""Routed experts with MXFP4 weights in Triton, from checkpoint layout: what runs where the CUDA kernels cannot.
 
 Rows are e4m3 with scales per 128 channels (kernels/triton_quantize.py), weights e2m1 with scales per 32; products
 run in bf16, where both are exact, and accumulate in float32 per 128 channels. A program owns one expert's tile of

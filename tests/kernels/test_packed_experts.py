@@ -25,11 +25,10 @@ def test_unpacking_returns_the_checkpoint_values_bit_for_bit(spread):
     assert torch.equal(values, expected)
 
 
-def test_gate_and_up_rows_of_one_column_share_a_tile():
-    order = gate_up_order(256).view(2, 2, 2, 64)
-    for tile in range(2):
-        for group in range(2):
-            assert torch.equal(order[tile, group, 1], order[tile, group, 0] + 256)
+def test_gate_and_up_rows_of_one_column_meet_in_one_thread():
+    order = gate_up_order(256).view(-1, 2, 8)
+    assert torch.equal(order[:, 1], order[:, 0] + 256)
+    assert torch.equal(order[:, 0].flatten(), torch.arange(256))
 
 
 def test_a_row_with_too_wide_scales_is_refused():

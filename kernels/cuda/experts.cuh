@@ -1,0 +1,186 @@
+// What the kernels of routed experts share (experts_few.cu, experts_many.cu): MXFP4 weights in packed order becoming e4m3, the
+// gate of the up product, and the persistent walk over tiles.
+//
+// Weights: a tile is 256 weight rows, a stage of it 128 input channels: four units of 64 rows in the register order of wgmma's
+// m64k32 operand, then the units' shifts (kernels/packed_experts.py). 4-bit codes become e4m3 by byte permutation of an
+// eight-entry table that depends on the 32-group's exponent relative to its row, so no multiplication touches a weight; a row's
+// own power of two is applied once, to the finished sum. Of the up product, 8 gate rows are followed by the 8 linear rows of the
+// same columns: they meet in one thread's accumulators.
+#pragma once
+
+#include <cuda_bf16.h>
+
+#include "wgmma_fp8.cuh"
+
+namespace experts {
+
+using namespace hopper;
+
+constexpr int kStageK = 128;
+constexpr int kUnitRows = 64;
+constexpr int kUnitCodes = kUnitRows * kStageK / 2;    // bytes of a unit's codes in a stage
+constexpr int kUnitShifts = kUnitRows * kStageK / 32;  // a byte per row and 32-group: 8 * (row exponent - group exponent)
+constexpr int kUnits = 4;                              // of a tile
+constexpr int kTileRows = kUnits * kUnitRows;
+constexpr int kStageCodes = kUnits * kUnitCodes, kStagePacked = kUnits * (kUnitCodes + kUnitShifts);
+constexpr int kTableBytes = 128;
+constexpr int kMaxExperts = 512;
+constexpr int kSharedLimit = 227 * 1024;  // of one CTA, static arrays included
+
+struct Arguments {
+  const uint8_t* weights;     // [experts, tiles, k / 128, kStagePacked]
+  const float* row_scales;    // [k / 128, scale_stride]
+  const float* weight_scale;  // [experts, 256 * tiles] in the order of the packed rows
+  const int* offsets;         // [experts + 1]: rows of expert e are offsets[e] .. offsets[e + 1]
+  const float* route_weight;  // [rows]
+  void* output;               // up: e4m3 [rows, 128 * tiles]; down: bf16 [rows, 256 * tiles]
+  float* output_scale;        // up: [tiles, scale_stride]
+  int experts, tiles, k_blocks, scale_stride;
+  float limit;
+};
+
+__device__ __forceinline__ uint32_t permute_bytes(uint32_t low, uint32_t high, uint32_t selector) {
+  uint32_t result;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(result) : "r"(low), "r"(high), "r"(selector));
+  return result;
+}
+
+// Eight codes -> two registers of four e4m3. Magnitudes are table indices in the low three bits of each nibble; the sign of
+// code i of the first four sits in bit 8i + 7, of the second four in bit 8i + 3.
+__device__ __forceinline__ void decode_word(uint32_t word, uint2 table, uint32_t& first, uint32_t& second) {
+  const uint32_t index = word & 0x77777777u;
+  first = permute_bytes(table.x, table.y, index) | (word & 0x80808080u);
+  second = permute_bytes(table.x, table.y, index >> 16) | ((word << 4) & 0x80808080u);
+}
+
+// e4m3 codes of {0, .5, 1, 1.5, 2, 3, 4, 6} * 2^(6 - shift), exact for shift <= 14; shift 15 is zero.
+__device__ inline uint2 decode_table(int shift) {
+  const uint8_t base[8] = {0x00, 0x60, 0x68, 0x6C, 0x70, 0x74, 0x78, 0x7C};
+  uint32_t word[2] = {0, 0};
+  for (int code = 1; code < 8; ++code) {
+    int value = base[code] - 8 * shift;
+    if (value < 8) {  // subnormal: mantissa with the hidden bit, shifted once per missing exponent
+      const int missing = 1 - (base[code] >> 3) + shift;
+      value = ((base[code] & 7) | 8) >> missing;
+    }
+    if (shift > 14) value = 0;
+    word[code / 4] |= static_cast<uint32_t>(value) << (8 * (code % 4));
+  }
+  return make_uint2(word[0], word[1]);
+}
+
+// decode_table without the look-up, for shifts that leave all values normal; of a byte 8 * shift.
+__device__ __forceinline__ uint2 normal_table(uint32_t shift_byte) {
+  return make_uint2(0x6C686000u - shift_byte * 0x01010100u, 0x7C787470u - shift_byte * 0x01010101u);
+}
+
+// Whether a shift byte of the four exceeds 8 * 11, from where on the smallest value is subnormal.
+__device__ __forceinline__ uint32_t any_subnormal(uint32_t shifts) { return shifts & (shifts << 1) & 0x40404040u; }
+
+// A thread's part of a packed unit in shared memory: its words of both halves of the channels, the shifts of its two rows.
+struct PackedPart {
+  uint4 codes[2];
+  uint32_t shift_low, shift_high;
+
+  // `thread` of 128.
+  __device__ __forceinline__ PackedPart(const uint8_t* unit_codes, const uint8_t* unit_shifts, int thread) {
+    const uint8_t* row_shifts = unit_shifts + 4 * (16 * (thread / 32) + thread % 32 / 4);
+    codes[0] = *reinterpret_cast<const uint4*>(unit_codes + 16 * thread);
+    codes[1] = *reinterpret_cast<const uint4*>(unit_codes + kUnitCodes / 2 + 16 * thread);
+    shift_low = *reinterpret_cast<const uint32_t*>(row_shifts);
+    shift_high = *reinterpret_cast<const uint32_t*>(row_shifts + 32);
+  }
+
+  // Into wgmma's register operand: a[step] of channels 32 step .. 32 step + 31. By a whole warp.
+  __device__ __forceinline__ void decode(uint32_t (&a)[4][4], const uint8_t* table) const {
+    if (__any_sync(0xFFFFFFFFu, any_subnormal(shift_low) | any_subnormal(shift_high))) {
+      decode_by(a, [&](uint32_t shift_byte) { return *reinterpret_cast<const uint2*>(table + shift_byte); });
+    } else {
+      decode_by(a, normal_table);
+    }
+  }
+
+  template <typename TableOf>
+  __device__ __forceinline__ void decode_by(uint32_t (&a)[4][4], TableOf table_of) const {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const uint32_t word[4] = {codes[half].x, codes[half].y, codes[half].z, codes[half].w};
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int step = 2 * half + i;
+        const uint32_t low = permute_bytes(shift_low, 0, 0x4440 + step), high = permute_bytes(shift_high, 0, 0x4440 + step);
+        decode_word(word[2 * i], table_of(low), a[step][0], a[step][2]);
+        decode_word(word[2 * i + 1], table_of(high), a[step][1], a[step][3]);
+      }
+    }
+  }
+};
+
+// 2^ceil(log2(amax / 448)), on exponent bits.
+__device__ __forceinline__ float power_of_two_scale(float amax) {
+  const uint32_t bits = __float_as_uint(fmaxf(amax, 1e-4f) * (1.0f / 448.0f));
+  return __uint_as_float((bits + 0x7FFFFFu) & 0x7F800000u);
+}
+
+// Swish with the upper clamp on the gate, both clamps on the linear part, times the routing weight, rounded to bf16.
+__device__ __forceinline__ float gated(float gate, float linear, float limit, float route_weight) {
+  gate = fminf(gate, limit);
+  linear = fminf(fmaxf(linear, -limit), limit);
+  const float value = __fdividef(gate, 1.0f + __expf(-gate)) * linear * route_weight;
+  return __bfloat162float(__float2bfloat16_rn(value));
+}
+
+__device__ __forceinline__ uint32_t pack_e4m3(float low, float high) {
+  uint16_t packed;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(packed) : "f"(high), "f"(low));
+  return packed;
+}
+
+struct Tile {
+  int expert, tile, first_row, num_rows;
+};
+
+// The persistent walk: all weight tiles of a block of at most ROWS rows of one expert, then the next block. In shared memory.
+template <int ROWS>
+struct Walk {
+  int offsets[kMaxExperts + 1], first_block[kMaxExperts + 1];
+
+  // By the whole CTA.
+  __device__ __forceinline__ void prepare(const Arguments& arguments) {
+    const int experts = arguments.experts;
+    for (int e = threadIdx.x; e <= experts; e += blockDim.x) offsets[e] = arguments.offsets[e];
+    __syncthreads();
+    if (threadIdx.x < 32) {  // exclusive sum of every expert's blocks, a warp over chunks of 32 experts
+      int before = 0;
+      for (int base = 0; base <= experts; base += 32) {
+        const int e = base + threadIdx.x;
+        const int blocks = e < experts ? (offsets[e + 1] - offsets[e] + ROWS - 1) / ROWS : 0;
+        int sum = blocks;
+        for (int step = 1; step < 32; step *= 2) {
+          const int other = __shfl_up_sync(0xFFFFFFFFu, sum, step);
+          if (threadIdx.x >= step) sum += other;
+        }
+        if (e <= experts) first_block[e] = before + sum - blocks;
+        before += __shfl_sync(0xFFFFFFFFu, sum, 31);
+      }
+    }
+    __syncthreads();
+  }
+
+  __device__ __forceinline__ int num_tiles(const Arguments& arguments) const {
+    return first_block[arguments.experts] * arguments.tiles;
+  }
+
+  __device__ __forceinline__ Tile locate(int index, const Arguments& arguments) const {
+    const int block = index / arguments.tiles;
+    int low = 0, high = arguments.experts - 1;
+    while (low < high) {
+      const int middle = (low + high + 1) / 2;
+      if (first_block[middle] <= block) low = middle; else high = middle - 1;
+    }
+    const int first_row = offsets[low] + (block - first_block[low]) * ROWS;
+    return {low, index % arguments.tiles, first_row, min(ROWS, offsets[low + 1] - first_row)};
+  }
+};
+
+}  // namespace experts
