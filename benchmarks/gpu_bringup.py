@@ -62,7 +62,14 @@ from model.transformer import Transformer
 
 WARM = {"warm-64": ("64", 0), "warm-256": ("256", 0), "warm-512": ("512", 0), "warm-prefill": ("", 16384)}
 """Stage -> decode batch, tokens of the prompt chunk."""
-KERNEL_TESTS = ("attention_inputs", "compressor_kernels", "index_kernels", "sampling", "sparse_attention")
+KERNEL_TESTS = (
+    "attention_inputs",
+    "compressor_kernels",
+    "index_hopper",
+    "index_kernels",
+    "sampling",
+    "sparse_attention",
+)
 TOGETHER = ("compile", "kernels", "sublayers", "engine", "exchange", *WARM)
 ALONE = ("full", "mixed", "memory", "handoff", "engines", "load", "state")
 SLACK = 0.02
