@@ -280,20 +280,19 @@ __device__ void produce(const Arguments& a, uint8_t* stages, Task* tasks, uint64
         task.last = count - 1;
         task.first_member = first;
       }
-      __syncwarp();
       if (lane == 0) {
         barrier_expect_bytes(&full[stage], here * kTokenBytes);
         bulk_load(stages + stage * kStageBytes, a.queries + static_cast<int64_t>(first) * kTokenBytes, here * kTokenBytes,
                   &full[stage]);
+      } else {
+        barrier_arrive(&full[stage]);
       }
       if (++stage == 2) stage = 0, phase ^= 1;
     }
   }
   barrier_wait(&empty[stage], phase);
-  if (lane == 0) {
-    tasks[stage].num_tiles = -1;
-    barrier_arrive(&full[stage]);
-  }
+  if (lane == 0) tasks[stage].num_tiles = -1;
+  barrier_arrive(&full[stage]);
 }
 
 // Scores of kTokens members for one tile of keys, from their logits.
@@ -351,8 +350,7 @@ __device__ void consume(const Arguments& a, const uint8_t* stages, const Task* t
         finish(a, task, pass * kTokens, logits, scale, tile * kTileKeys + first_row(thread), lane);
       }
     }
-    __syncwarp();
-    if (lane == 0) barrier_arrive(&empty[stage]);
+    barrier_arrive(&empty[stage]);
     if (++stage == 2) stage = 0, phase ^= 1;
   }
 }
@@ -367,8 +365,8 @@ __global__ void __launch_bounds__(kManyThreads, 1) many_kernel(const __grid_cons
   if (threadIdx.x < 16) tables[threadIdx.x] = kDecodeTables.of_shift[threadIdx.x];
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < 2; ++stage) {
-      barrier_init(&full[stage], 1);
-      barrier_init(&empty[stage], kConsumers / 32);
+      barrier_init(&full[stage], 32);
+      barrier_init(&empty[stage], kConsumers);
     }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
