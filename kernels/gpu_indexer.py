@@ -43,6 +43,7 @@ def fits_hopper(query_THD: Tensor, keys: PackedRows, rotary: int) -> bool:
         not query_THD.is_cuda
         or query_THD.dtype != torch.bfloat16
         or tuple(query_THD.shape[1:]) != (HEADS, WIDTH)
+        or query_THD.stride()[1:] != (WIDTH, 1)
         or rotary != ROTARY
         or keys.format not in RECORDS
     ):
