@@ -43,7 +43,7 @@ from kernels.triton_norm import rms_norm_triton
 from kernels.triton_rotary import rotate_in_place
 from kernels.triton_rows import insert_window_triton, store_rows_triton
 from kernels.triton_sampling import draw_triton
-from kernels.triton_sparse_attention import sparse_attention_triton
+from kernels.triton_sparse_attention import Division, join_parts, sparse_attention_triton
 from kernels.triton_swiglu import swiglu_triton
 
 TARGET = GPUTarget("cuda", 90, 32)
@@ -146,6 +146,10 @@ def _attention(form: PoolFormat) -> None:
     listed = torch.zeros(2, 512, dtype=torch.int32)
     sparse_attention_triton(query, chunk, ring, torch.ones(64), index, 0.04, _pool(64, 512, form), listed, 4, 1)
     sparse_attention_triton(query, chunk, ring, torch.ones(64), index, 0.04, _pool(2, 512, form), None, 128, 2)
+    parts, tops = torch.zeros(2, 5, 64, 512), torch.zeros(2, 5, 64)
+    codes, scales = torch.zeros(2, 64, 512, dtype=torch.float8_e4m3fn), torch.zeros(256, 4)
+    angles, division = rope_angles(index.positions_T, torch.ones(32)), Division(index.positions_T, 64, 2, 0, 128, 32)
+    join_parts(parts, tops, tops, torch.ones(64), codes, scales, angles, division)
 
 
 def _inputs(index: BatchIndex, form: PoolFormat) -> None:

@@ -19,15 +19,16 @@ from kernels.packed_rows import PackedRows
 from kernels.quantize import QuantizedRows
 from kernels.triton_fp8_gemm import num_multiprocessors
 from kernels.triton_quantize import scale_stride
-from kernels.triton_sparse_attention import LOG2E, entries_of, join_parts, sparse_attention_triton
+from kernels.triton_sparse_attention import LOG2E, Division, entries_of, join_parts, sparse_attention_triton
 
 HEADS, CHANNELS, ROPE = 64, 512, 64
 TILE_KEYS = 64
 SCALE_GROUP = 128
-MAX_SPLITS = 8
+PART_TILES = 32
+"""Tiles of keys that one program takes. A constant: how a token's keys are divided must not depend on its batch."""
 MIN_CHUNK_TOKENS = 256
 """Fewer do not fill the GPU with whole tokens."""
-MIN_READS = 4
+MIN_READS = 8
 """Reads of a row, on average, that pay for widening it."""
 MAX_TABLE_BYTES = 1 << 27
 
@@ -50,10 +51,10 @@ def fits_hopper(q_THD: Tensor, window: PackedRows, index: BatchIndex) -> bool:
     return bool(q_THD.dtype == torch.bfloat16)
 
 
-def splits_for(num_tokens: int, num_keys: int, multiprocessors: int) -> int:
-    """Parts of the key list: as many as fit in one wave of programs, each with at least two tiles of keys."""
-    tiles = -(-num_keys // TILE_KEYS)
-    return max(1, min(MAX_SPLITS, multiprocessors // max(1, num_tokens), tiles // 2))
+def most_parts(num_keys: int, window_rows: int, part_tiles: int = PART_TILES) -> int:
+    """Parts of a token's keys: the window, and num_keys entries at most."""
+    tiles = -(-window_rows // TILE_KEYS) - (-num_keys // TILE_KEYS)
+    return -(-tiles // part_tiles)
 
 
 def table_rows(index: BatchIndex, window_rows: int, rows_per_page: int) -> int:
@@ -85,10 +86,10 @@ def sparse_attention_hopper(
     angles: tuple[Tensor, Tensor] | None = None,
     *,
     widened: bool | None = None,
-    splits: int | None = None,
+    part_tiles: int = PART_TILES,
 ) -> Tensor | QuantizedRows:
     """kernels.sparse_attention.sparse_attention for the released size, or sparse_attention_for_fp8, with angles.
-    `widened` and `splits` are for tests and benches."""
+    `widened` and `part_tiles` are for tests and benches."""
     num_tokens, num_heads, width = q_THD.shape
     device = q_THD.device
 
@@ -107,10 +108,9 @@ def sparse_attention_hopper(
     if widened is None:
         widened = widening_pays(index, window.rows, listed, rows_per_page)
     if widened:
-        splits = 1
-    elif splits is None:
-        most = index.page_table.shape[1] * rows_per_page if every else listed
-        splits = splits_for(num_tokens, window.rows + most, num_multiprocessors(device))
+        part_tiles = 1 << 30
+    most = int(index.page_table.shape[1]) * rows_per_page if every else listed
+    splits = most_parts(most, window.rows, part_tiles)
     table = empty(table_rows(index, window.rows, rows_per_page) if widened else 0, width, dtype=torch.bfloat16)
     shape = (num_tokens, splits, num_heads) if splits > 1 else (0, 0, 0)
     parts, tops, norms = empty(*shape, width), empty(*shape), empty(*shape)
@@ -133,7 +133,7 @@ def sparse_attention_hopper(
     integers = (
         index.page_table.stride(0), selected.stride(0), window.rows, listed, max(1, rows_per_page),
         ratio if every else 0, max(1, ratio), max(1, rows_per_page).bit_length() - 1, num_tokens, index.num_requests,
-        index.page_table.shape[1] * rows_per_page, splits,
+        index.page_table.shape[1] * rows_per_page, splits, part_tiles,
     )  # fmt: skip
     name = "chunk_attention" if widened else "sparse_attention"
     error = getattr(cuda_build.load(name), name)(
@@ -144,9 +144,11 @@ def sparse_attention_hopper(
         num_multiprocessors(device),
         cuda_build.stream(device),
     )
-    cuda_build.check(error, f"{name}({num_tokens} tokens, {window.rows} + {listed} keys, {splits} splits)")
+    cuda_build.check(error, f"{name}({num_tokens} tokens, {window.rows} + {listed} keys, {splits} parts)")
     if splits > 1:
-        join_parts(parts, tops, norms, sink_H, output, scales, angles)
+        window_tiles = -(-window.rows // TILE_KEYS)
+        division = Division(index.positions_T, TILE_KEYS, window_tiles, listed, ratio if every else 0, part_tiles)
+        join_parts(parts, tops, norms, sink_H, output, scales, angles, division)
     return result
 
 

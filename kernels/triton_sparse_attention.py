@@ -11,6 +11,8 @@ Bound: reads of rows at decode, bf16 tensor cores at prefill, where rows come fr
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -147,13 +149,20 @@ def _attention_kernel(
 
 @triton.jit
 def _join_kernel(
-    parts, part_tops, part_norms, sink, output, scales, cos, sin, num_heads, splits, stride_scales,
-    SPLITS: tl.constexpr, WIDTH: tl.constexpr, ROPE: tl.constexpr, INTERPRET: tl.constexpr,
+    parts, part_tops, part_norms, sink, output, scales, cos, sin, positions, num_heads, splits, stride_scales,
+    window_tiles, listed, every_ratio, part_tiles,
+    SPLITS: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr, ROPE: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     channel = tl.arange(0, WIDTH)
     split = tl.arange(0, SPLITS)
     place = (token * splits + split) * num_heads + head
+    if TILE:
+        if every_ratio:
+            listed = ((tl.load(positions + token) + 1) // every_ratio).to(tl.int32)
+        splits = tl.cdiv(window_tiles + tl.cdiv(listed, TILE), part_tiles)
+        if splits == 1:
+            return  # not divided: the output is there
     sunk = tl.load(sink + head) * 1.4426950408889634
     tops = tl.load(part_tops + place, mask=split < splits, other=-1.0e30)
     final = tl.maximum(tl.max(tops, axis=0), sunk)
@@ -175,6 +184,19 @@ def _join_kernel(
         tl.store(target, result)
 
 
+class Division(NamedTuple):
+    """How a token's keys are divided: by their number alone, so that its sums do not depend on its batch."""
+
+    positions_T: Tensor
+    tile_keys: int
+    window_tiles: int
+    listed: int
+    """Entries of each token, if `every_ratio` is 0."""
+    every_ratio: int
+    """Else a token has an entry for that many tokens up to its own."""
+    part_tiles: int
+
+
 def join_parts(
     parts: Tensor,
     tops: Tensor,
@@ -183,15 +205,18 @@ def join_parts(
     output_THD: Tensor,
     scales: Tensor,
     angles: tuple[Tensor, Tensor] | None,
+    division: Division | None = None,
 ) -> None:
     """Sums of parts of the keys, float32 [T, splits, H, D], with their highest logits (in powers of two) and norms
-    [T, splits, H], into the output; with angles (cos, sin), rotated back into e4m3 and scales [H D / 128, T]."""
+    [T, splits, H], into the output; with angles (cos, sin), rotated back into e4m3 and scales [H D / 128, T].
+    division: how many parts each token has, one of them being the output already; None = all."""
     num_tokens, splits, num_heads, width = parts.shape
     cos, sin = angles or (scales, scales)
+    how = division or Division(tops, 0, 0, 0, 0, 1)
     _join_kernel[(num_tokens, num_heads)](
-        parts, tops, norms, sink_H, output_THD, scales, cos, sin, num_heads, splits, scales.stride(0),
-        SPLITS=triton.next_power_of_2(splits), WIDTH=width, ROPE=2 * cos.shape[1] if angles else 0,
-        INTERPRET=INTERPRET, num_warps=4,
+        parts, tops, norms, sink_H, output_THD, scales, cos, sin, how.positions_T, num_heads, splits, scales.stride(0),
+        how.window_tiles, how.listed, how.every_ratio, how.part_tiles, SPLITS=triton.next_power_of_2(splits),
+        TILE=how.tile_keys, WIDTH=width, ROPE=2 * cos.shape[1] if angles else 0, INTERPRET=INTERPRET, num_warps=4,
     )  # fmt: skip
 
 

@@ -5,7 +5,9 @@
 // one table, with its channels in the tiles' order. Then the gather group only copies.
 // Bound by the tensor cores with hundreds of keys a token, by the memory traffic of query and output with few.
 
-#include "attention_core.cuh"
+#include "attention_gather.cuh"
+#include "attention_logits.cuh"
+#include "attention_values.cuh"
 
 namespace {
 
@@ -110,6 +112,7 @@ __device__ __forceinline__ void gather(const Arguments& a, Shared<kStages>& shar
         const int next = index + kKeys;
         listed[i] = load_if(selected + next, next >= 0 && next < a.num_selected);
       }
+      const int hole = __any_sync(0xFFFFFFFFu, (number[0] | number[1] | number[2] | number[3]) < 0);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         barrier_wait(&shared.empty[at.stage][half], at.phase ^ 1);
@@ -126,6 +129,7 @@ __device__ __forceinline__ void gather(const Arguments& a, Shared<kStages>& shar
           }
           if (half == 0 && part == 0) shared.bias[at.stage][row + 16 * i] = number[i] >= 0 ? 0.0f : -INFINITY;
         }
+        if (half == 0 && thread % 32 == 0) reinterpret_cast<int*>(&shared.holes[at.stage])[thread / 32] = hole;
         arrive_when_copied(&shared.full[at.stage][half]);
         if (half == 0 && part == 0) barrier_arrive(&shared.full[at.stage][0]);  // for the biases
       }
@@ -147,12 +151,9 @@ __global__ void __launch_bounds__(kThreads, 1) chunk_attention_kernel(const Argu
   if (group == 0) {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 160;");
     weigh<kStages, kHeld>(a, shared, tiles, weights, query_tile, thread);
-  } else if (group == 1) {
+  } else if (group < 3) {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 160;");
-    sum_values<0>(a, shared, tiles, weights, thread);
-  } else if (group == 2) {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 160;");
-    sum_values<1>(a, shared, tiles, weights, thread);
+    sum_values<true>(a, shared, tiles, weights, group - 1, thread);
   } else {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 32;");
     gather(a, shared, tiles, thread);

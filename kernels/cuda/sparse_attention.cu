@@ -2,11 +2,13 @@
 // kernels/triton_sparse_attention.py. Roles and layouts: attention_core.cuh.
 //
 // The gather group asks for 32 rows at a time, two such halves of a tile ahead, past the registers into a raw buffer; then turns
-// e4m3 into bf16 by shifting bits into place and two exact multiplications by powers of two. A thread widens what it asked for
+// e4m3 into bf16 by shifting bits into place and an exact multiplication by a power of two. A thread widens what it asked for
 // itself, so nothing in the group waits for another warp.
-// Bound by reads of rows; the tensor cores and the widening take about as long.
+// Should be bound by reads of rows; is by the widening, one warp a scheduler that cannot hide its own latencies.
 
-#include "attention_core.cuh"
+#include "attention_gather.cuh"
+#include "attention_logits.cuh"
+#include "attention_values.cuh"
 
 namespace {
 
@@ -34,9 +36,10 @@ struct Location {
 
 // Walks this thread's rows, one of every half of a tile, a turn ahead of their request.
 struct Cursor {
-  int number, left;  // item, halves of its tiles that are still to be located
+  int number, left;  // item after this one, halves of this one's tiles that are still to be located
   int key, limit;    // of the thread's row: its number among the token's keys, and the first one that is not the item's
   int position, context, fresh, request, token;
+  int next_request, next_position;  // of the item after this one, read ahead
   int entry;  // the listed entry of that key, read a turn ahead
 };
 
@@ -46,14 +49,23 @@ __device__ __forceinline__ void read_entry(const Arguments& a, Cursor& at, int w
                      at.left > 0 && place >= 0 && place < a.num_selected);
 }
 
+// Reads the token of an item into `next_*`.
+__device__ __forceinline__ void read_token(const Arguments& a, Cursor& at, int number) {
+  const bool more = number < a.num_tokens * a.splits;
+  const int token = token_of(a, number);
+  at.next_request = load_if(a.requests + token, more);
+  at.next_position = load_if(reinterpret_cast<const int*>(a.positions + token), more);
+}
+
 __device__ __forceinline__ void start_item(const Arguments& a, Cursor& at, int number, int row, int window_keys) {
-  at.number = number;
   at.left = 0;
-  if (number < a.num_tokens * a.splits) {
-    const Item item = item_of(a, number);
+  for (; at.left == 0 && number < a.num_tokens * a.splits; number += gridDim.x) {
+    at.request = at.next_request;
+    at.position = at.next_position;
+    read_token(a, at, number + static_cast<int>(gridDim.x));
+    const Item item = item_of(a, number, at.position);
+    if (item.empty()) continue;
     at.token = item.token;
-    at.request = a.requests[item.token];
-    at.position = static_cast<int>(a.positions[item.token]);
     at.context = a.context_len[at.request];
     at.fresh = a.query_start[at.request] - at.context;
     at.key = item.first * kKeys + row;
@@ -61,12 +73,13 @@ __device__ __forceinline__ void start_item(const Arguments& a, Cursor& at, int n
     at.left = 2 * item.num_tiles();
     read_entry(a, at, window_keys);
   }
+  at.number = number;
 }
 
 // The row of the cursor, which moves on. After the last item nothing is left to be located.
 __device__ __forceinline__ Location locate(const Arguments& a, Cursor& at, int row, int window_keys) {
   Location location;
-  if (at.left == 0) start_item(a, at, at.number + gridDim.x, row, window_keys);
+  if (at.left == 0) start_item(a, at, at.number, row, window_keys);
   if (at.left > 0) {
     const int from = at.position - at.key, index = at.key - window_keys;
     const int* source = a.slot_ids + at.request;
@@ -124,11 +137,20 @@ __device__ __forceinline__ uint4 read_shared(uint32_t address) {
   return value;
 }
 
+// Sixteen channels of a row, `place` being that of their first chunk.
+__device__ __forceinline__ void store_part(uint32_t place, const uint32_t (&word)[8]) {
+#pragma unroll
+  for (int j = 0; j < 4; ++j)
+    asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(place ^ (16 * j)), "r"(word[j]), "r"(word[4 + j]) : "memory");
+}
+
 // This thread's quarter of a raw row -> its row of a tile, in the tiles' order of channels. The next part is read before one is
 // widened.
 __device__ __forceinline__ void widen_row(uint32_t raw, uint32_t scales, uint32_t row, int swizzle, int quarter) {
   uint32_t exponents[2];
   asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(exponents[0]), "=r"(exponents[1]) : "r"(scales) : "memory");
+  constexpr uint32_t kBounds = kLargestOnce * 0x01010101u;
+  const uint32_t bounded[2] = {__vminu4(exponents[0], kBounds), __vminu4(exponents[1], kBounds)};
   uint4 next = read_shared(raw);
   const uint32_t pairs = row + ((quarter / 2 * 64) ^ swizzle) + quarter % 2 * 8;
 #pragma unroll
@@ -136,12 +158,8 @@ __device__ __forceinline__ void widen_row(uint32_t raw, uint32_t scales, uint32_
     const uint4 codes = next;
     next = read_shared(raw + 64 * (i + 1));
     uint32_t word[8];
-    widen_part(word, codes, (exponents[i / 4] >> (i % 4 * 8)) & 0xFF);
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"((pairs ^ (16 * j)) + i * kSubTile), "r"(word[j]), "r"(word[4 + j])
-                   : "memory");
-    }
+    widen_part_once(word, codes, (bounded[i / 4] >> (i % 4 * 8)) & 0xFF);
+    store_part(pairs + i * kSubTile, word);
   }
   const uint4 rotary[2] = {next, read_shared(raw + kPlain + 64)};
   const uint32_t words = row + swizzle + quarter * 4;
@@ -154,6 +172,14 @@ __device__ __forceinline__ void widen_row(uint32_t raw, uint32_t scales, uint32_
                    : "memory");
     }
   }
+  if (bounded[0] != exponents[0] || bounded[1] != exponents[1]) {
+#pragma unroll 1
+    for (int i = 0; i < kPlain / 64; ++i) {
+      uint32_t word[8];
+      widen_part(word, read_shared(raw + 64 * i), (exponents[i / 4] >> (i % 4 * 8)) & 0xFF);
+      store_part(pairs + i * kSubTile, word);
+    }
+  }
 }
 
 __device__ __forceinline__ void gather(const Arguments& a, Shared<kStages>& shared, const uint8_t* tiles, const uint8_t* raw,
@@ -163,6 +189,7 @@ __device__ __forceinline__ void gather(const Arguments& a, Shared<kStages>& shar
   const uint32_t raw_place = shared_address(raw) + row * kRowBytes + quarter * 16;
   const uint32_t scale_place = shared_address(raw) + kSlots * kRows * kRowBytes + row * kScaleBytes;
   Cursor cursor;
+  read_token(a, cursor, blockIdx.x);
   start_item(a, cursor, blockIdx.x, row, window_keys);
   uint32_t live = 0;      // a bit for every half requested, the latest lowest
   int ask = 0, take = 0;  // slots of the raw buffer
@@ -178,6 +205,7 @@ __device__ __forceinline__ void gather(const Arguments& a, Shared<kStages>& shar
   RingPlace<kStages> at;
   for (int number = blockIdx.x; number < a.num_tokens * a.splits; number += gridDim.x) {
     const Item item = item_of(a, number);
+    if (item.empty()) continue;
     gather_query(a, shared, tiles, item.token, at, thread);
     at.advance();
     for (int tile = item.num_tiles(); tile > 0; --tile) {
@@ -196,6 +224,8 @@ __device__ __forceinline__ void gather(const Arguments& a, Shared<kStages>& shar
         if (++take == kSlots) take = 0;
         __syncwarp();  // before the scales' slot is asked for again
       }
+      const int hole = __any_sync(0xFFFFFFFFu, (live >> kAhead & 3) != 3);
+      if (thread % 32 == 0) reinterpret_cast<int*>(&shared.holes[at.stage])[thread / 32] = hole;
       fence_async_proxy();
       for (int half = 0; half < 2; ++half) barrier_arrive(&shared.full[at.stage][half]);
       at.advance();
@@ -215,12 +245,9 @@ __global__ void __launch_bounds__(kThreads, 1) sparse_attention_kernel(const Arg
   if (group == 0) {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 144;");
     weigh<kStages, kHeld>(a, shared, tiles, weights, query_tile, thread);
-  } else if (group == 1) {
+  } else if (group < 3) {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 160;");
-    sum_values<0>(a, shared, tiles, weights, thread);
-  } else if (group == 2) {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 160;");
-    sum_values<1>(a, shared, tiles, weights, thread);
+    sum_values<false>(a, shared, tiles, weights, group - 1, thread);
   } else {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 48;");
     gather(a, shared, tiles, query_tile + kQueryTile<kHeld>, thread);
