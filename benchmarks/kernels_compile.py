@@ -29,7 +29,7 @@ from triton.runtime.jit import JITFunction
 
 from kernels.batch_index import BatchIndex
 from kernels.compressor import EntryTarget
-from kernels.exchange_rows import RowFormat
+from kernels.exchange_rows import RowFormat, unpack_rows
 from kernels.gpu_indexer import select_entries_gpu
 from kernels.packed_rows import PackedRows, PoolFormat
 from kernels.rope import rope_angles
@@ -37,6 +37,7 @@ from kernels.sampling import Truncation
 from kernels.triton_attention_inputs import attention_inputs_triton
 from kernels.triton_compressor import compress_overlapping_triton, compress_pending_triton
 from kernels.triton_exchange_rows import add_sums_gpu, pack_rows_gpu
+from kernels.triton_expert_rows import combine_rows, quantize_rows, sort_by_expert
 from kernels.triton_gate import pick_experts
 from kernels.triton_index_query import index_query_triton
 from kernels.triton_norm import rms_norm_triton
@@ -44,7 +45,7 @@ from kernels.triton_rotary import rotate_in_place
 from kernels.triton_rows import insert_window_triton, store_rows_triton
 from kernels.triton_sampling import draw_triton
 from kernels.triton_sparse_attention import Division, join_parts, sparse_attention_triton
-from kernels.triton_swiglu import swiglu_triton
+from kernels.triton_swiglu import swiglu_quantized_triton, swiglu_triton
 
 TARGET = GPUTarget("cuda", 90, 32)
 PAGE_TOKENS = 256
@@ -185,8 +186,11 @@ def _small() -> None:
     rms_norm_triton(rows, torch.ones(4096), 1e-6)
     rms_norm_triton(rows[:, :1024], torch.ones(1024), 1e-6)
     swiglu_triton(rows[:, :2048], rows[:, 2048:], 10.0, BF16)
+    swiglu_quantized_triton(rows[:, :2048], rows[:, 2048:], 10.0)
     rotate_in_place(torch.zeros(2, 64, 512, dtype=BF16), torch.ones(2, 32), torch.ones(2, 32), inverse=True)
     pick_experts(torch.zeros(2, 256), 6, 1.5, bias_E=torch.zeros(256))
+    table, ids = torch.zeros(9, 6, dtype=torch.int32), torch.zeros(2, dtype=torch.int64)
+    pick_experts(torch.zeros(2, 256), 6, 1.5, given_VK=table, token_ids_T=ids, real_T=ids == 0, nowhere=256)
     page = torch.zeros(2, dtype=torch.int64)
     store_rows_triton(_pool(4, 512, "kv_fp8"), page, page, torch.zeros(2, 512, dtype=BF16), simulate=True)
 
@@ -194,8 +198,14 @@ def _small() -> None:
 def _exchange() -> None:
     layout = RowFormat(4096, 6, BF16, quantised=True)
     tokens, routing = torch.zeros(2, 4096, dtype=BF16), torch.zeros(2, 6, dtype=torch.int64)
-    pack_rows_gpu(tokens, routing, routing.float(), layout, 4, 256)
+    arrived = unpack_rows(pack_rows_gpu(tokens, routing, routing.float(), layout, 4, 256), layout)
     add_sums_gpu(torch.empty(4, 4, tokens.shape[1]), tokens)
+    for many in (False, True):
+        rows = sort_by_expert(routing.repeat(256, 1) if many else routing, 64, 64)
+    for x, weights in ((tokens, routing.float()), (arrived[0], arrived[2])):
+        quantize_rows(x, weights, rows)
+    combine_rows(torch.zeros(12, 4096, dtype=BF16), rows)
+    combine_rows(torch.zeros(12, 4096, dtype=BF16), rows, tokens)
 
 
 def _sampling() -> None:
