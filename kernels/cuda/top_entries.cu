@@ -196,7 +196,7 @@ __device__ __noinline__ Threshold refine(Shared<THREADS>& shared, const Row row,
     const Bin bin = find_bin(shared, wanted);
     wanted -= bin.above;
     low += static_cast<uint32_t>(bin.number) << shift;
-    high = low + ((1u << shift) - 1);
+    high = min(high, low + ((1u << shift) - 1));  // beyond the members' highest lie scores that were counted as above
     if (shift == 0) return {score_of(low), wanted, wanted == bin.inside};
     if (bin.inside <= 32) {
       row.each(score, [&](int) {

@@ -202,6 +202,22 @@ def test_the_best_entries_are_exact_and_ascend(device, width, topk, kind, thread
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("threads", [256, 512, 1024])
+@pytest.mark.parametrize("tail", ["quotients", "exponentials"])
+def test_every_row_of_heavy_tailed_scores_gives_its_best_entries(device, tail, threads):
+    """Most of a row shares a bin, and in some rows the threshold lies where that bin ends: 30 and 2 of a thousand."""
+    rows, width, topk = 4000, 2048, 512
+    one, other = (_randn(rows, width, seed=seed).to(device) for seed in (1, 2))
+    scores = one / other if tail == "quotients" else (3 * one).exp()
+    got = torch.full((rows + 1, topk), 77, dtype=torch.int32, device=device)
+    positions = torch.full((rows,), width * RATIO - 1, device=device)
+    top_entries_hopper(scores, positions, RATIO, topk, got[:rows], threads)
+    expected = scores.topk(topk, sorted=False).indices.sort().values
+    assert torch.equal(got[:rows].long(), expected)
+    assert (got[rows] == 77).all()
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("form", FORMATS)
 def test_selection_runs_these_kernels_and_pieces_change_nothing(device, form, monkeypatch):
     index, keys, query, weights = _inputs(device, MIXED, form, 2)
