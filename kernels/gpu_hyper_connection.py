@@ -58,12 +58,11 @@ _packed: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
 
 def _packed_rows(fn: Tensor) -> Tensor:
-    """pack_rows(fn), kept for as long as fn is."""
-    key = (fn.data_ptr(), fn._version)
-    kept = _packed.get(key)
-    if kept is None or kept[0] is not fn:
-        kept = _packed[key] = (fn, pack_rows(fn))
-    return kept[1]
+    """pack_rows(fn), kept with fn: captured steps hold its address."""
+    key = (id(fn), fn._version)
+    if key not in _packed:
+        _packed[key] = (fn, pack_rows(fn))
+    return _packed[key][1]
 
 
 def tiles_for(num_tokens: int) -> int:

@@ -18,7 +18,7 @@ MOST_ROWS = 1024
 """Beyond, a library's own choice is faster."""
 _OUTPUTS, _DEPTH = 64, 64
 """Of a warpgroup; channels of a stage."""
-_PARTS = ((8, 8), (64, 4), (128, 2))
+_PARTS = ((8, 8), (32, 4), (128, 2))
 """(most tiles of 64 outputs, parts of the channels); beyond, one. Part of the numerics, so the same on every GPU."""
 
 
@@ -58,7 +58,9 @@ def tile_for(num_rows: int, outputs: int) -> Tile:
     if num_rows <= 64:
         return Tile(16 if num_rows <= 16 else 64, 1)
     if outputs <= 512:
-        return Tile(128 if num_rows <= 256 else 256, 1)
+        return Tile(64 if num_rows <= 128 else 128 if num_rows <= 256 else 256, 1)
+    if outputs <= 8192:
+        return Tile(128, 1) if num_rows <= 128 else Tile(128, 2) if num_rows <= 256 else Tile(256, 2)
     return Tile(128 if num_rows <= 128 else 256, 2)
 
 

@@ -192,16 +192,16 @@ _halves: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
 
 def _halves_of(fn: Tensor) -> Tensor:
-    """fn [n, F] float32 -> bf16 [2, COLUMNS, F]: rounded values, then what rounding left. Kept for as long as fn is."""
-    key = (fn.data_ptr(), fn._version)
-    kept = _halves.get(key)
-    if kept is None or kept[0] is not fn:
+    """fn [n, F] float32 -> bf16 [2, COLUMNS, F]: rounded values, then what rounding left. Kept with fn: captured steps
+    hold its address."""
+    key = (id(fn), fn._version)
+    if key not in _halves:
         high = fn.bfloat16()
         low = (fn - high.float()).bfloat16()
         padded = torch.zeros(2, COLUMNS, fn.shape[1], dtype=torch.bfloat16, device=fn.device)
         padded[0, : fn.shape[0]], padded[1, : fn.shape[0]] = high, low
-        kept = _halves[key] = (fn, padded)
-    return kept[1]
+        _halves[key] = (fn, padded)
+    return _halves[key][1]
 
 
 def _slices(num_tokens: int, features: int, device: torch.device) -> tuple[int, int]:

@@ -2,7 +2,7 @@
 
 Router, compressors and vocabulary head need their products in full. Their weights are bfloat16 in the checkpoint, and
 so are activations on a GPU: multiplying them as they are loses nothing, and float32 sums come out of the tensor cores.
-A float32 weight multiplies in float32.
+A float32 weight multiplies in float32. On Hopper the sums of a batch of decode's size do not depend on its size.
 """
 
 from __future__ import annotations
@@ -22,5 +22,9 @@ def wide_linear(x_TK: Tensor, weight_NK: Tensor) -> Tensor:
     if weight_NK.is_cuda and weight_NK.dtype == torch.bfloat16:
         if not x_TK.shape[0]:
             return torch.empty(0, weight_NK.shape[0], dtype=torch.float32, device=x_TK.device)
+        from kernels.gpu_wide_linear import fits, wide_linear_gpu
+
+        if fits(x_TK, weight_NK):
+            return wide_linear_gpu(x_TK, weight_NK)
         return torch.mm(x_TK, weight_NK.t(), out_dtype=torch.float32)
     return wide_linear_ref(x_TK, weight_NK)

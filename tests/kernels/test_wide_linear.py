@@ -10,10 +10,10 @@ from kernels.wide_linear import wide_linear
 
 
 def test_the_channels_are_cut_the_same_way_for_every_number_of_rows():
-    assert [parts_of(outputs, 4096) for outputs in (256, 1024, 2624, 129_280)] == [8, 4, 4, 1]
+    assert [parts_of(outputs, 4096) for outputs in (256, 1024, 2624, 129_280)] == [8, 4, 2, 1]
     assert [parts_of(256, channels) for channels in (64, 128, 192, 1024)] == [1, 2, 1, 8]
     for outputs in (1, 256, 129_280):
-        assert [tile_for(rows, outputs).tokens for rows in (1, 16, 17, 64, 65)] == [16, 16, 64, 64, 128]
+        assert [tile_for(rows, outputs).tokens for rows in (1, 16, 17, 64, 1024)] == [16, 16, 64, 64, 256]
 
 
 @pytest.mark.gpu
