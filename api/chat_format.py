@@ -133,8 +133,10 @@ class ChatResponse:
         )
 
     def feed(self, arrived: Sequence[tuple[int, Tokens]]) -> bytes:
-        frames = [self._prose(*step) or self._step(*step) for step in arrived]
-        return frames[0] if len(frames) == 1 else b"".join(frames)
+        if len(arrived) == 1:
+            number, tokens = arrived[0]
+            return self._prose(number, tokens) or self._step(number, tokens)
+        return b"".join([self._prose(*step) or self._step(*step) for step in arrived])
 
     def _prose(self, number: int, tokens: Tokens) -> bytes:
         """The chunk of a step that is only more text, if it is one and nobody wants to know more about it."""

@@ -29,6 +29,8 @@ class Generation:
         self._loop = asyncio.get_running_loop()
         self.turn = turn or Turn()
         self._waiter: asyncio.Future[None] | None = None
+        self._listen = self._call_listener
+        """The same object every time: it is looked up in `turn` for every token."""
         self._listener: Callable[[], None] | None = None
         self._aborted: TandemError | None = None
         for stream in streams:
@@ -85,7 +87,7 @@ class Generation:
     def wake(self) -> None:
         """Make `wait` return, or call the listener, even if nothing has arrived."""
         if self._listener is not None:
-            self.turn.soon(self._call_listener)
+            self.turn.soon(self._listen)
             return
         waiter = self._waiter
         if waiter is not None and not waiter.done():
@@ -119,10 +121,12 @@ class Generation:
             raise self._aborted
         if len(self._live) == 1:
             choice, stream = self._live[0]
-            arrived = [(choice, tokens) for tokens in stream.pending()]
-            if arrived and arrived[-1][1].finish_reason is not None:
+            pending = stream.pending()
+            if pending and pending[-1].finish_reason is not None:
                 self._live = []
-            return arrived
+            if len(pending) == 1:
+                return [(choice, pending[0])]
+            return [(choice, tokens) for tokens in pending]
         arrived = []
         ended = False
         for choice, stream in self._live:

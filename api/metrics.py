@@ -119,7 +119,6 @@ class ApiMetrics(Collector):
         self._histograms = {
             name: [Histogram(bounds) for _ in range(self._num_ranks)] for name, (_, bounds) in HISTOGRAMS.items()
         }
-        self._inter_token = self._histograms["inter_token_latency_seconds"]
         self._finished: list[dict[str, int]] = [{"stop": 0, "length": 0, "abort": 0} for _ in range(self._num_ranks)]
         self._cached = [0] * self._num_ranks
         self._queried = [0] * self._num_ranks
@@ -132,8 +131,9 @@ class ApiMetrics(Collector):
     def observe(self, name: str, rank: int, value: float) -> None:
         self._histograms[name][rank].observe(value)
 
-    def observe_inter_token(self, rank: int, seconds: float) -> None:
-        self._inter_token[rank].observe(seconds)
+    def inter_token(self, rank: int) -> Histogram:
+        """Of the gaps between tokens: observed so often that looking it up each time costs."""
+        return self._histograms["inter_token_latency_seconds"][rank]
 
     def finished(self, rank: int, reason: str) -> None:
         """A choice ended: "stop", "length" or "abort" (client gone or engine failure)."""
@@ -212,10 +212,11 @@ class ApiMetrics(Collector):
 class RequestTimer:
     """The times and counts of one choice, from its arrival to its end."""
 
-    __slots__ = ("_arrived", "_first", "_last", "_metrics", "_num_tokens", "_rank")
+    __slots__ = ("_arrived", "_first", "_gaps", "_last", "_metrics", "_num_tokens", "_rank")
 
     def __init__(self, metrics: ApiMetrics, rank: int, arrived: float) -> None:
         self._metrics = metrics
+        self._gaps = metrics.inter_token(rank)
         self._rank = rank
         self._arrived = arrived
         self._first = self._last = 0.0
@@ -224,7 +225,7 @@ class RequestTimer:
     def tokens(self, count: int, now: float) -> None:
         """`count` tokens arrived at `now` (event loop time)."""
         if self._num_tokens:
-            self._metrics.observe_inter_token(self._rank, now - self._last)
+            self._gaps.observe(now - self._last)
         else:
             self._first = now
             self._metrics.observe("time_to_first_token_seconds", self._rank, now - self._arrived)
