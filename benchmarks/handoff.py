@@ -270,8 +270,9 @@ class Bench:
 
 
 def holds(rows: Sequence[Row]) -> bool:
-    smallest = min(row.ratio(row.totals) for row in rows)
-    print(f"smallest ratio {smallest:.2f}, limit {LIMIT}")
+    """What surrounds the reads does not grow with a state and has a limit of its own: benchmarks.added_ttft."""
+    smallest = min(row.ratio(row.reads) for row in rows)
+    print(f"smallest ratio of the reads {smallest:.2f}, limit {LIMIT}")
     return smallest >= LIMIT
 
 
