@@ -21,7 +21,7 @@ from kernels.triton_quantize import QuantizedRows, scale_stride
 GROUP = 128
 ENTRIES = 1024
 MOST_AT_ONCE = 2048
-"""Choices that one program sorts in registers; more are faster in three launches, whose counters many programs share."""
+"""Choices that one program sorts in registers; more go faster in three launches, whose counters many programs share."""
 
 
 class ExpertRows(NamedTuple):
