@@ -161,7 +161,7 @@ def measure(samplings: list[dict[str, Any]], turnover: bool, arguments: argparse
     watch.wrap(engine._runner, "_forward", "device")
     watch.wrap(step_loop, "plan_step", "schedule")
     watch.wrap(device_step, "sample", "device", instead=device.sample)
-    watch.wrap(engine, "_emit", "tokens")
+    watch.wrap(engine._emitter, "emit", "tokens")
     encode = msgspec.msgpack.Encoder().encode
     laps: list[dict[str, float]] = []
     load = Load(engine, samplings, context, turnover)
