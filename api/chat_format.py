@@ -38,6 +38,7 @@ class ChatShape(msgspec.Struct, frozen=True, kw_only=True):
 
 
 _NOTHING_MORE = b',"logprobs":null,"finish_reason":null}]}\n\n'
+_CONTENT_END = b"}" + _NOTHING_MORE
 
 
 def _content_delta(text: str) -> bytes:
@@ -82,6 +83,7 @@ class ChatResponse:
         self._openings = [
             b'%b"choices":[{"index":%d,"delta":' % (self._head, number) for number in range(len(self._choices))
         ]
+        self._content_openings = [opening + b'{"content":' for opening in self._openings]
         self._shows_all = shape.include_reasoning and shape.parallel_tool_calls
         self._only_deltas = not (shape.num_logprobs is not None or shape.return_token_ids or shape.continuous_usage)
         self._reasoning_names = [b'"%b":' % name.encode() for name in shape.reasoning_fields]
@@ -143,8 +145,9 @@ class ChatResponse:
         text = self._reader.plain(number, tokens) if self._only_deltas else ""
         if not text:
             return b""
-        delta = self._reasoning_delta(text) if self._reader.in_reasoning else _content_delta(text)
-        return self._openings[number] + delta + _NOTHING_MORE
+        if self._reader.in_reasoning:
+            return self._openings[number] + self._reasoning_delta(text) + _NOTHING_MORE
+        return self._content_openings[number] + orjson.dumps(text) + _CONTENT_END
 
     def _step(self, number: int, tokens: Tokens) -> bytes:
         frames = []

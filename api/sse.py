@@ -139,6 +139,11 @@ class _Pump:
     woken at the end, for an error, and when the client reads so slowly that the transport's buffer is full.
     """
 
+    __slots__ = (
+        "_error", "_generation", "_is_chunked", "_is_congested", "_is_noted", "_is_over", "_needs_care", "_protocol",
+        "_pulse", "_rest", "_transport", "_turn", "_unnoted", "_writer",
+    )  # fmt: skip
+
     def __init__(
         self,
         request: web.Request,
@@ -241,15 +246,18 @@ class _Pump:
 class _Pulse:
     """Wakes a silent stream every `period_s`. One timer per stream, moved only when it fires."""
 
+    __slots__ = ("_generation", "_last", "_loop", "_period_s", "_time", "_timer")
+
     def __init__(self, generation: Generation, period_s: float) -> None:
         self._loop = asyncio.get_running_loop()
         self._generation = generation
         self._period_s = period_s
-        self._last = self._loop.time()
+        self._time = self._loop.time
+        self._last = self._time()
         self._timer = self._loop.call_later(period_s, self._fire)
 
     def sent(self) -> None:
-        self._last = self._loop.time()
+        self._last = self._time()
 
     def is_due(self) -> bool:
         return self._loop.time() - self._last >= self._period_s
