@@ -270,9 +270,8 @@ class Bench:
 
 
 def holds(rows: Sequence[Row]) -> bool:
-    """What surrounds the reads does not grow with a state and has a limit of its own: benchmarks.added_ttft."""
-    smallest = min(row.ratio(row.reads) for row in rows)
-    print(f"smallest ratio of the reads {smallest:.2f}, limit {LIMIT}")
+    smallest = min(row.ratio(row.totals) for row in rows)
+    print(f"smallest ratio of the totals {smallest:.2f}, limit {LIMIT}")
     return smallest >= LIMIT
 
 
