@@ -75,10 +75,9 @@ class Rank:
         self.pages = MemoryRegion(base, layout.page_bytes, num_pages)
         self.slots = MemoryRegion(base + self.pages.num_bytes, layout.slot_bytes, 2)
         self._event = threading.Event()
-        pool_bytes = PoolBytes(self._memory)
         self.agent = TransferAgent(
             config, self.format, pages=self.pages, slots=self.slots, rank=0, wake=self._event.set,
-            read_bytes=pool_bytes, bind_thread=pool_bytes.bind_thread,
+            memory=PoolBytes(self._memory),
         )  # fmt: skip
         self.agent.start()
         self.bare = MooncakeEngine(config, (MemoryRegion(base, num_bytes, 1),))

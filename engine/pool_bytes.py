@@ -1,7 +1,7 @@
-"""The bytes behind an address in a rank's pools, for those who know memory by addresses only (checksums of transfers).
+"""The memory of a rank's pools as a transfer sees it: bytes at addresses, on a device that other threads use as well.
 
-Of pools on a GPU a copy on a stream of its own: whoever asks knows that the record is complete, and must wait neither
-for the step in flight nor make it wait.
+Nothing here waits for the step in flight or makes it wait: the engine's steps are on a stream of its own, which the
+default stream is not ordered with, and records are copied out on another.
 """
 
 import torch
@@ -9,33 +9,39 @@ from torch import Tensor
 
 
 class PoolBytes:
-    """(address, num_bytes) -> those bytes on the host."""
+    """`kv_transfer.regions.PoolMemory` of pools that are tensors."""
 
     def __init__(self, *pools: Tensor) -> None:
-        """pools: contiguous uint8."""
+        """pools: contiguous uint8, all on one device."""
         self._pools = [pool.view(-1) for pool in pools]
-        self._streams = [torch.cuda.Stream(pool.device) if pool.is_cuda else None for pool in pools]
+        self._device = pools[0].device
+        self._reads = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
 
     def bind_thread(self) -> None:
         """Make the pools' device the current one of the calling thread, and create its context there."""
-        for pool in self._pools:
-            if pool.is_cuda:
-                torch.cuda.set_device(pool.device)
-                # A call that reaches the driver: choosing a device alone does not.
-                torch.cuda.synchronize(pool.device)
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)
+            # A call that reaches the driver: choosing a device alone does not.
+            self.settle()
 
-    def __call__(self, address: int, num_bytes: int) -> memoryview:
-        """Raises ValueError for bytes outside of the pools."""
-        for pool, stream in zip(self._pools, self._streams, strict=True):
+    def settle(self) -> None:
+        """Wait for the default stream. A library that copies from pageable host memory does so there, and such a call
+        returns when the bytes are staged, which is before the device has them."""
+        if self._device.type == "cuda":
+            torch.cuda.default_stream(self._device).synchronize()
+
+    def read(self, address: int, num_bytes: int) -> memoryview:
+        """Those bytes on the host; of a device's a copy. Raises ValueError for bytes outside of the pools."""
+        for pool in self._pools:
             start = address - pool.data_ptr()
             if not 0 <= start <= start + num_bytes <= pool.numel():
                 continue
             record = pool[start : start + num_bytes]
-            if stream is None:
+            if self._reads is None:
                 return memoryview(record.numpy())
             host = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
-            with torch.cuda.stream(stream):
+            with torch.cuda.stream(self._reads):
                 host.copy_(record, non_blocking=True)
-            stream.synchronize()
+            self._reads.synchronize()
             return memoryview(host.numpy())
         raise ValueError(f"{num_bytes} bytes at {address:#x} are in none of {len(self._pools)} pools")

@@ -19,7 +19,7 @@ from kv_transfer.agent_events import AgentEvent, EpochRenewed, Quiet, Received, 
 from kv_transfer.config import TransferConfig
 from kv_transfer.core import TransferCore
 from kv_transfer.format import StateFormat
-from kv_transfer.regions import BindThread, MemoryRegion, ReadBytes, bind_no_device, read_host_bytes
+from kv_transfer.regions import HOST_MEMORY, MemoryRegion, PoolMemory
 from kv_transfer.wire import check_id
 from runtime.errors import TransferError
 from runtime.requests import TransferStats
@@ -41,9 +41,8 @@ class _OpenSend(msgspec.Struct):
 class TransferAgent:
     """Hands this rank's states over and fetches others'. One per engine process; all calls from one thread.
 
-    `pages` and `slots` describe the engine's pools and must stay valid until `stop` returned. `read_bytes` gives the
-    bytes at an address on the host, `bind_thread` binds a thread to the pools' device; the defaults suit host memory.
-    `wake` is called from the transfer thread after an event was queued.
+    `pages` and `slots` describe the engine's pools and must stay valid until `stop` returned. `memory`: what
+    they lie in. `wake` is called from the transfer thread after an event was queued.
     """
 
     def __init__(
@@ -54,8 +53,7 @@ class TransferAgent:
         pages: MemoryRegion,
         slots: MemoryRegion,
         rank: int,
-        read_bytes: ReadBytes = read_host_bytes,
-        bind_thread: BindThread = bind_no_device,
+        memory: PoolMemory = HOST_MEMORY,
         wake: Callable[[], None] | None = None,
     ) -> None:
         if pages.stride_bytes != state_format.page_bytes or slots.stride_bytes != state_format.slot_bytes:
@@ -75,8 +73,7 @@ class TransferAgent:
         self._core: TransferCore
         self._config = config
         self._rank = rank
-        self._read_bytes = read_bytes
-        self._bind_thread = bind_thread
+        self._memory = memory
         self._started: Future[None] = Future()
         self._thread = threading.Thread(target=self._run, name=f"transfer-{rank}", daemon=True)
         self.address = ""
@@ -125,8 +122,7 @@ class TransferAgent:
             pages=self._pages,
             slots=self._slots,
             port=self._config.handoff_port + self._rank if self._config.handoff_port else 0,
-            read_bytes=self._read_bytes,
-            bind_thread=self._bind_thread,
+            memory=self._memory,
             emit=self._emit,
         )
         await self._core.run(lambda: self._started.set_result(None))

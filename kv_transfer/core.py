@@ -18,7 +18,7 @@ from kv_transfer.mooncake import PROTOCOLS, MooncakeEngine, engine_version
 from kv_transfer.peers import Peers
 from kv_transfer.reader import Reader
 from kv_transfer.receiver import Receiver
-from kv_transfer.regions import BindThread, MemoryRegion, ReadBytes
+from kv_transfer.regions import MemoryRegion, PoolMemory
 from kv_transfer.sender import Sender
 from kv_transfer.service import HandoffService
 from kv_transfer.stats import TransferCounters
@@ -54,8 +54,7 @@ class TransferCore:
         pages: MemoryRegion,
         slots: MemoryRegion,
         port: int,
-        read_bytes: ReadBytes,
-        bind_thread: BindThread,
+        memory: PoolMemory,
         emit: Callable[[AgentEvent], None],
     ) -> None:
         self.config = config
@@ -63,7 +62,7 @@ class TransferCore:
         self._pages = pages
         self._slots = slots
         self._port = port
-        self._bind_thread = bind_thread
+        self._memory = memory
         self._emit = emit
         self._clock = time.monotonic
         self._counters = TransferCounters()
@@ -79,7 +78,7 @@ class TransferCore:
             config,
             slots=slots,
             pages=pages,
-            read_bytes=read_bytes,
+            read_bytes=memory.read,
             emit=emit,
             clock=self._clock,
             counters=self._counters,
@@ -89,7 +88,7 @@ class TransferCore:
             config,
             pages=pages,
             slots=slots,
-            read_bytes=read_bytes,
+            read_bytes=memory.read,
             emit=emit,
             clock=self._clock,
             counters=self._counters,
@@ -182,7 +181,7 @@ class TransferCore:
     # ---- the engine -------------------------------------------------------------------------------------------------
 
     def _create_engine(self) -> None:
-        self._engine = MooncakeEngine(self.config, (self._pages, self._slots), self._bind_thread)
+        self._engine = MooncakeEngine(self.config, (self._pages, self._slots), self._memory)
         self.epoch = secrets.token_hex(16)
         self.receiver.reader = Reader(
             self._engine,

@@ -24,7 +24,7 @@ from typing import Any
 from kv_transfer.config import TransferConfig
 from kv_transfer.descriptor import DescriptorError, read_descriptor
 from kv_transfer.pieces import Piece
-from kv_transfer.regions import BindThread, MemoryRegion, bind_no_device
+from kv_transfer.regions import HOST_MEMORY, MemoryRegion, PoolMemory
 from runtime.errors import ConfigError, TransferError
 
 log = logging.getLogger(__name__)
@@ -158,13 +158,13 @@ class MooncakeEngine:
     """One transfer engine with its registered regions. Every method but `connect` and `close` returns at once."""
 
     def __init__(
-        self, config: TransferConfig, regions: tuple[MemoryRegion, ...], bind_thread: BindThread = bind_no_device
+        self, config: TransferConfig, regions: tuple[MemoryRegion, ...], memory: PoolMemory = HOST_MEMORY
     ) -> None:
         """Raises ConfigError when the engine, a registration or the transport is not what the config asks for."""
         module = _load(config)
         # A thread without the device's context can neither register its memory nor open that of a peer.
-        bind_thread()
-        self._bind_thread = bind_thread
+        memory.bind_thread()
+        self._memory = memory
         self._engine: Any = module.TransferEngine()
         protocol = PROTOCOLS[config.transport]
         if self._engine.initialize(config.host, "P2PHANDSHAKE", protocol, ",".join(config.devices)) != 0:
@@ -185,6 +185,8 @@ class MooncakeEngine:
             raise ConfigError(f"the transfer engine does not describe itself: {error}") from None
         if chosen != protocol:
             raise ConfigError(f"transport={config.transport} is configured, but the transfer engine chose {chosen!r}")
+        # Within a node a read is done when its copies are; otherwise the device may still have to take bytes in.
+        self._settles = config.transport != "intra_node"
         self._tickets = config.transport == "intra_node" and hasattr(self._engine, "submit_scatter_read")
         self.max_pieces = _TICKET_PIECES if self._tickets else 1
         """How many pieces one read may have."""
@@ -222,7 +224,7 @@ class MooncakeEngine:
         its own. That thread must outlive the engine: the intra-node path copies on a stream that belongs to the thread
         that submitted, and polling a read whose stream is gone crashes the process.
         """
-        self._bind_thread()
+        self._memory.bind_thread()
         handle = self.submit(session_id, pieces)
         # A peer that cannot be reached gives a ticket that has failed already, where an id would be refused.
         if self._tickets and handle.drain(0).name == "FAILED_DRAINED":
@@ -242,6 +244,12 @@ class MooncakeEngine:
         # -2 says that the engine's own patience ended, not that the read did: the id stays pending.
         return ReadState.PENDING if status in (0, -2) else ReadState.FAILED
 
+    def settle(self) -> None:
+        """What was polled as ended, with whatever outcome, has no effect on memory after this. To be called before
+        anybody is told of an end."""
+        if self._settles:
+            self._memory.settle()
+
     @property
     def raw(self) -> Any:
         """Mooncake's own object, for measurements."""
@@ -258,3 +266,4 @@ class MooncakeEngine:
                 if not read.drained:
                     log.error("a read within the node has not ended after %d ms", _DRAIN_MS)
         self._engine = None
+        self.settle()

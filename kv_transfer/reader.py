@@ -299,6 +299,7 @@ class Reader:
             if not over:
                 continue
             session.groups = deque(group for group in session.groups if not group.over)
+            self._engine.settle()
             for group in over:
                 self._groups.discard(group)
                 group.on_end(group)

@@ -2,6 +2,7 @@
 
 import ctypes
 from collections.abc import Callable
+from typing import Protocol
 
 import msgspec
 
@@ -28,17 +29,35 @@ class MemoryRegion(msgspec.Struct, frozen=True):
 
 
 ReadBytes = Callable[[int, int], bytes | memoryview]
-"""(address, num_bytes) -> those bytes on the host, as a copy or a view. Lets checksums reach device memory."""
+"""(address, num_bytes) -> those bytes on the host, as a copy or a view."""
 
 
-BindThread = Callable[[], None]
-"""Called on every thread of ours before it first calls the transfer engine: binds it to the device of the pools."""
+class PoolMemory(Protocol):
+    """What kind of memory the regions are in, and how it is dealt with. Calls come from threads of the transfer."""
+
+    def read(self, address: int, num_bytes: int) -> bytes | memoryview:
+        """Those bytes on the host, as a copy or a view."""
+
+    def bind_thread(self) -> None:
+        """Bind the calling thread to the memory's device. Called before the thread first calls the transfer engine."""
+
+    def settle(self) -> None:
+        """Return once all that the transfer engine says it has written can be seen by everybody: a device may still
+        have to take in what the host has handed to it."""
 
 
-def bind_no_device() -> None:
-    """The default `BindThread`: host memory is the same on all threads."""
+class HostMemory:
+    """The default: the same on all threads, and written when it is said to be."""
+
+    def read(self, address: int, num_bytes: int) -> memoryview:
+        """A view, no copy."""
+        return memoryview((ctypes.c_char * num_bytes).from_address(address)).cast("B")
+
+    def bind_thread(self) -> None:
+        """Nothing to bind to."""
+
+    def settle(self) -> None:
+        """Nothing is on its way."""
 
 
-def read_host_bytes(address: int, num_bytes: int) -> memoryview:
-    """The default `ReadBytes`: a view of host memory, no copy."""
-    return memoryview((ctypes.c_char * num_bytes).from_address(address)).cast("B")
+HOST_MEMORY = HostMemory()

@@ -87,7 +87,6 @@ def _serve(channel: EngineChannel, rank: int, spec: WorkerSpec) -> None:
     )
     grammars = GrammarMatchers(Path(spec.config.engine.model))
     transfer: TransferAgent | None = None
-    pool_bytes = PoolBytes(loaded.memory.pages, loaded.memory.slots)
     if spec.role != "standalone":
         transfer = TransferAgent(
             spec.config.transfer.of_rank(rank),
@@ -95,8 +94,7 @@ def _serve(channel: EngineChannel, rank: int, spec: WorkerSpec) -> None:
             pages=MemoryRegion(loaded.memory.pages.data_ptr(), loaded.layout.page_bytes, loaded.shape.num_pages),
             slots=MemoryRegion(loaded.memory.slots.data_ptr(), loaded.layout.slot_bytes, loaded.shape.num_slots),
             rank=rank,
-            read_bytes=pool_bytes,
-            bind_thread=pool_bytes.bind_thread,
+            memory=PoolBytes(loaded.memory.pages, loaded.memory.slots),
             wake=channel.wake,
         )
         transfer.start(spec.config.ready_timeout_s)

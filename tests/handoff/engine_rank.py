@@ -180,7 +180,7 @@ def _serve(
     loaded.memory.slots.fill_(0xFF)
     agent = None
     if transfer is not None:
-        layout, pool_bytes = loaded.layout, PoolBytes(loaded.memory.pages, loaded.memory.slots)
+        layout, memory = loaded.layout, PoolBytes(loaded.memory.pages, loaded.memory.slots)
         state_format = StateFormat(
             model_fingerprint=model_fingerprint(loaded.config, loaded.model_config),
             layout=msgspec.to_builtins(layout),
@@ -189,7 +189,7 @@ def _serve(
             page_tokens=layout.page_tokens,
         )
         agent = TransferAgent(
-            transfer, state_format, rank=0, read_bytes=pool_bytes, bind_thread=pool_bytes.bind_thread,
+            transfer, state_format, rank=0, memory=memory,
             pages=MemoryRegion(loaded.memory.pages.data_ptr(), layout.page_bytes, loaded.shape.num_pages),
             slots=MemoryRegion(loaded.memory.slots.data_ptr(), layout.slot_bytes, loaded.shape.num_slots),
         )  # fmt: skip

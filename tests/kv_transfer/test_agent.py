@@ -10,11 +10,20 @@ from kv_transfer.agent import TransferAgent
 from kv_transfer.agent_events import AgentEvent, Quiet, Received, ReceiveFailed, SendEnded
 from kv_transfer.config import TransferConfig
 from kv_transfer.format import StateFormat
-from kv_transfer.regions import MemoryRegion
+from kv_transfer.regions import HostMemory, MemoryRegion
 from runtime.errors import TransferError
 
 PAGE, SLOT, COUNT = 50_000, 300_000, 40
 FORMAT = StateFormat(model_fingerprint="m", layout={}, page_bytes=PAGE, slot_bytes=SLOT, page_tokens=256)
+
+
+class WatchedMemory(HostMemory):
+    def __init__(self) -> None:
+        self.bound: list[str] = []
+        """Names of the threads that were bound to a device."""
+
+    def bind_thread(self) -> None:
+        self.bound.append(threading.current_thread().name)
 
 
 class Side:
@@ -24,8 +33,7 @@ class Side:
         self.slots = generator.integers(0, 256, (4, SLOT), dtype=np.uint8)
         self.rung = threading.Event()
         self.backlog: list[AgentEvent] = []
-        self.bound: list[str] = []
-        """Names of the threads that were bound to a device."""
+        self.memory = WatchedMemory()
         self.agent = TransferAgent(
             TransferConfig(verify="sample"),
             FORMAT,
@@ -33,7 +41,7 @@ class Side:
             slots=MemoryRegion(self.slots.ctypes.data, SLOT, 4),
             rank=0,
             wake=self.rung.set,
-            bind_thread=lambda: self.bound.append(threading.current_thread().name),
+            memory=self.memory,
         )
         self.agent.start(20.0)
 
@@ -77,8 +85,8 @@ def test_bytes_are_equal_and_untouched_records_stay_as_they_were(sides):
 
 def test_every_thread_that_calls_the_transfer_engine_is_bound_to_the_pools_device_first(sides):
     prefill, decode = sides
-    assert prefill.bound[0] == decode.bound[0] == "transfer-0"
-    assert "first-contact" in decode.bound
+    assert prefill.memory.bound[0] == decode.memory.bound[0] == "transfer-0"
+    assert "first-contact" in decode.memory.bound
 
 
 def test_the_counters_can_be_looked_at_without_waiting(sides):

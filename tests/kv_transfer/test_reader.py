@@ -21,6 +21,8 @@ class ScriptedEngine:
         self.pieces: dict[int, list[Piece]] = {}
         self.threads: set[threading.Thread] = set()
         self.refusals = 0
+        self.unsettled = 0
+        """Reads that ended since memory was last settled."""
         self._next = 1
 
     def submit(self, session_id: str, pieces: list[Piece]) -> int:
@@ -40,7 +42,11 @@ class ScriptedEngine:
         state = self.states[read_id]
         if state is not ReadState.PENDING:
             del self.states[read_id]
+            self.unsettled += 1
         return state
+
+    def settle(self) -> None:
+        self.unsettled = 0
 
     def end(self, state: ReadState = ReadState.DONE, count: int | None = None) -> None:
         for read_id in list(self.states)[:count]:
@@ -61,9 +67,13 @@ class Bench:
         )
         self.ended: list[ReadGroup] = []
 
+    def _on_end(self, group: ReadGroup) -> None:
+        assert not self.engine.unsettled, "what was read may not be in memory yet"
+        self.ended.append(group)
+
     def start(self, count: int, session_id: str = "peer:1") -> ReadGroup:
         pieces = [Piece(4096 * (n + 1), 8192 * (n + 1), 4096) for n in range(count)]
-        group = ReadGroup(session_id, pieces, self.ended.append)
+        group = ReadGroup(session_id, pieces, self._on_end)
         self.reader.start(group)
         return group
 
@@ -122,6 +132,20 @@ async def test_a_failed_read_is_tried_again_and_its_group_fails_when_it_keeps_fa
     await bench.pump()
     assert bench.ended[1:] == [hopeless]
     assert "4096 bytes from peer:1 failed, try 3" in (hopeless.failure or "")
+
+
+@pytest.mark.parametrize("outcomes", [[ReadState.DONE] * 3, [ReadState.DONE, *[ReadState.FAILED] * 5]])
+async def test_memory_is_settled_before_the_end_of_a_group_is_told_whatever_its_outcome(bench, outcomes):
+    group = bench.start(3)
+    await bench.pump()
+    for state in outcomes:
+        bench.engine.end(state, 1)
+        await bench.pump()
+    group.drop()
+    bench.engine.end()
+    await bench.pump()
+    assert bench.ended == [group]
+    assert (group.failure is None) == (ReadState.FAILED not in outcomes)
 
 
 async def test_a_group_that_failed_or_was_dropped_ends_only_when_its_last_read_has(bench):

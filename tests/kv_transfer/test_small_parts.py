@@ -16,7 +16,7 @@ from kv_transfer.lease import ReaderLease
 from kv_transfer.messages import Checksums, Hello
 from kv_transfer.pieces import Piece, merge_and_split, plan_records
 from kv_transfer.quarantine import Quarantine
-from kv_transfer.regions import MemoryRegion, read_host_bytes
+from kv_transfer.regions import HOST_MEMORY, MemoryRegion
 from kv_transfer.remembered import Remembered
 
 
@@ -180,27 +180,27 @@ async def test_checksums_find_a_changed_byte_and_nothing_else(verify):
     memory = np.arange(20 * 64, dtype=np.uint8).reshape(20, 64)
     pages, slots = MemoryRegion(memory.ctypes.data, 64, 19), MemoryRegion(memory.ctypes.data + 19 * 64, 64, 1)
     order = [5, 1, 18, 0, 7, 2, 3, 4, 6, 8, 17]
-    sums = StateSums(verify, pages, slots, read_host_bytes)
+    sums = StateSums(verify, pages, slots, HOST_MEMORY.read)
     sums.add_pages(order[:4], last=False)
     sums.add_pages(order[4:], last=True)
     told = sums.finish(0)
     assert [position for position, _ in told.pages] == (list(range(11)) if verify == "full" else [7, 10])
-    assert await first_mismatch(told, pages, order, slots, 0, read_host_bytes) is None
+    assert await first_mismatch(told, pages, order, slots, 0, HOST_MEMORY.read) is None
     memory[order[7], 63] ^= 1
-    message = await first_mismatch(told, pages, order, slots, 0, read_host_bytes)
+    message = await first_mismatch(told, pages, order, slots, 0, HOST_MEMORY.read)
     assert message is not None
     assert "page 7 of 11" in message
     memory[order[7], 63] ^= 1
     memory[19, 0] ^= 1
-    assert "slot" in (await first_mismatch(told, pages, order, slots, 0, read_host_bytes) or "")
+    assert "slot" in (await first_mismatch(told, pages, order, slots, 0, HOST_MEMORY.read) or "")
     assert "page 99" in (
-        await first_mismatch(Checksums(None, ((99, 0),)), pages, order, slots, 0, read_host_bytes) or ""
+        await first_mismatch(Checksums(None, ((99, 0),)), pages, order, slots, 0, HOST_MEMORY.read) or ""
     )
 
 
 def test_no_checksums_are_taken_when_nobody_asked():
     pages = MemoryRegion(4096, 64, 4)  # never read
-    sums = StateSums("off", pages, pages, read_host_bytes)
+    sums = StateSums("off", pages, pages, HOST_MEMORY.read)
     sums.add_pages([0, 1, 2], last=True)
     assert sums.finish(0) == Checksums()
 

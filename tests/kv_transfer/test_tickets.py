@@ -9,7 +9,7 @@ from kv_transfer import mooncake
 from kv_transfer.config import TransferConfig
 from kv_transfer.mooncake import MooncakeEngine, ReadState
 from kv_transfer.pieces import Piece
-from kv_transfer.regions import MemoryRegion
+from kv_transfer.regions import HostMemory, MemoryRegion
 from runtime.errors import TransferError
 
 PIECES = [Piece(5000, 90_000, 100), Piece(1000, 95_000, 300), Piece(2000, 70_000, 50)]
@@ -53,13 +53,23 @@ class Raw:
         return Ticket(*self.next)
 
 
+class SlowMemory(HostMemory):
+    """Of a device."""
+
+    def __init__(self) -> None:
+        self.settled = 0
+
+    def settle(self) -> None:
+        self.settled += 1
+
+
 @pytest.fixture
 def engine_of(monkeypatch):
-    def make(raw: Raw, transport: str) -> MooncakeEngine:
+    def make(raw: Raw, transport: str, memory: HostMemory | None = None) -> MooncakeEngine:
         monkeypatch.setattr(mooncake, "_load", lambda _: SimpleNamespace(TransferEngine=lambda: raw))
         said = {"protocol": mooncake.PROTOCOLS[transport]}
         monkeypatch.setattr(mooncake, "read_descriptor", lambda *_: said)
-        return MooncakeEngine(TransferConfig(transport=transport), (MemoryRegion(4096, 64, 2),))
+        return MooncakeEngine(TransferConfig(transport=transport), (MemoryRegion(4096, 64, 2),), memory or HostMemory())
 
     return make
 
@@ -103,3 +113,13 @@ def test_over_tcp_a_read_is_one_piece(engine_of):
     assert engine.submit("peer:1", PIECES[:1]) == 1
     assert raw.singles == [("peer:1", [5000], [90_000], [100])]
     assert not raw.scattered
+
+
+@pytest.mark.parametrize(("transport", "times"), [("tcp", 1), ("rdma", 1), ("intra_node", 0)])
+def test_only_what_comes_through_the_host_or_a_network_device_has_to_settle(engine_of, transport, times):
+    memory = SlowMemory()
+    engine = engine_of(Raw(), transport, memory)
+    engine.settle()
+    assert memory.settled == times
+    engine.close()
+    assert memory.settled == 2 * times, "a read that never ended may have left something on its way"
