@@ -16,6 +16,7 @@ from torch import Tensor
 
 from engine.config import EngineConfig
 from engine.connector import ConnectorEvent, FirstToken, Received
+from engine.device import enter
 from engine.dummy_weights import load_dummy_weights
 from engine.engine import Engine
 from engine.intake import EngineShape
@@ -136,6 +137,7 @@ def build_rank(config: ModelConfig, sizes: PoolSizes, device: str, *, ranks: int
 
     Pages hold random bytes that are finite numbers near zero in every format: entries differ, and attention is not all
     on one of them."""
+    enter(torch.device(device))
     layout = build_state_layout(config, row_format="fp8", index_format="mxfp4", page_tokens=PAGE_TOKENS)
     local = config.n_routed_experts // ranks
     model = Transformer(

@@ -14,6 +14,7 @@ from torch import Tensor
 from engine.activations import activation_bytes
 from engine.config import EngineConfig
 from engine.decode_graphs import auto_sizes
+from engine.device import enter
 from engine.dummy_weights import load_dummy_weights
 from engine.intake import EngineShape
 from engine.memory import StateMemory, plan_pools, state_budget
@@ -76,7 +77,8 @@ def load_rank(
     count_experts: bool = False,
     progress: bool = True,
 ) -> LoadedRank:
-    """Load the weights and allocate the pools of one rank.
+    """Load the weights and allocate the pools of one rank. The calling thread is the one that runs its steps: on a GPU
+    it works on a stream of its own afterwards (`engine.device`).
 
     holds_states: finished prompts stay in slots of their own until another rank has fetched them.
     sharing: what this rank has of the model and how it reaches the rest; None: everything.
@@ -93,8 +95,7 @@ def load_rank(
         page_tokens=config.block_size,
     )
     device = torch.device(config.device)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
+    enter(device)
     try:
         model = Transformer(
             model_config,

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from engine.config import EngineConfig
+from engine.device import enter
 from engine.expert_exchange import ExpertExchange
 from engine.head_exchange import HeadExchange
 from engine.loader import Sharing, resolve
@@ -57,8 +58,7 @@ def join_group(config: NodeConfig, local_rank: int, group_port: int) -> Membersh
     placement = shared.placement_for(model_config, size)
     engine = resolve(config.engine, local_rank)
     device = torch.device(engine.device)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
+    enter(device)
     rank = shared.first_rank + local_rank
     group = RankGroup(
         rank,

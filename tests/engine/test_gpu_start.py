@@ -92,6 +92,29 @@ def test_weights_and_steps_that_do_not_fit_are_refused_with_a_way_out(
         torch.cuda.set_per_process_memory_fraction(1.0)
 
 
+@pytest.mark.parametrize("captured", [False, True])
+def test_steps_neither_wait_for_the_default_stream_nor_keep_it_waiting(tiny_checkpoint: Path, captured: bool) -> None:
+    loaded = load(tiny_checkpoint, num_pages=64, block_size=32, enforce_eager=not captured)
+    own = torch.cuda.current_stream()
+    assert own != torch.cuda.default_stream()
+    assert load(tiny_checkpoint, num_pages=64, block_size=32).device == loaded.device
+    assert torch.cuda.current_stream() == own, "one stream, however often a rank is loaded"
+    engine = Engine(
+        loaded.config, loaded.shape, loaded.features, head=loaded.model.logits, device=loaded.device
+    )  # fmt: skip
+    sampling = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True)
+    for request_id in ("warm", "r"):  # the first one compiles, which waits for the device
+        torch.cuda.synchronize()
+        if request_id == "r":
+            with torch.cuda.stream(torch.cuda.default_stream()):
+                torch.cuda._sleep(1 << 31)  # cycles: about a second
+        engine.submit(Submit(request_id=request_id, prompt_ids=TokenIds(range(3, 40)), sampling=sampling))
+        while engine.has_work:
+            assert all(isinstance(message, StepOutput) for message in engine.step())
+    assert not torch.cuda.default_stream().query(), "the steps ended first"
+    torch.cuda.synchronize()
+
+
 def test_a_signal_leaves_a_trace_of_the_next_steps_with_their_kernels(tiny_checkpoint: Path, tmp_path: Path) -> None:
     loaded = load(tiny_checkpoint, num_pages=64, block_size=32, profiler_ranges=True)
     engine = Engine(
