@@ -1,16 +1,19 @@
-"""The kernels' tests under NVIDIA's checkers, on a GPU: are all accesses inside, ordered, initialised?
+"""Every kernel under NVIDIA's checkers, on a GPU: are all accesses inside, ordered, initialised, all barriers met?
 
-    python -m benchmarks.kernels_sanitize --tool memcheck --out DIR [--deadline-s 80] [--pytest "-m gpu"] [TEST ...]
+    python -m benchmarks.kernels_sanitize --out DIR [--tool memcheck,racecheck] [--kernel NAME] [--checker PATH]
 
 memcheck    accesses outside of an allocation or misaligned; every tensor is an allocation of its own meanwhile
 racecheck   shared memory that two threads access without a barrier between
-initcheck   reads of device memory that nothing has written
-synccheck   barriers that not all threads reach that should
+initcheck   reads of device memory that nothing has written; every tensor is an allocation of its own here too
+synccheck   barriers and products of tensor cores that not all threads reach that should
 
-The tests (all of tests/kernels unless named, as pytest names them) are dealt to processes that run side by side, one
-case of each test before a second one of any. Kernels of other libraries are not checked, but for memory. What a process
-said is in DIR/TOOL-NUMBER.txt. The table says what became of the tests of each file; findings follow. The exit code is
-0 if there were none and all tests passed.
+What launches the kernels are their own tests, on small shapes, so that results are compared as well. PARTS says which
+tests launch the kernels of which sources. Parts run side by side, each in a process of its own: DIR/TOOL-PART.log is
+what the checker said, DIR/TOOL-PART.txt what the tests did. The table has a row for each kernel and tool; what was
+reported follows, equal reports once. The exit code is 0 if nothing was reported and every test passed.
+
+Checkers know barriers in shared memory and copies that arrive at them better with every release: a newer one than the
+toolkit's, given by --checker, reports less that is none.
 """
 
 from __future__ import annotations
@@ -25,103 +28,265 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
-TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
-OURS = ("_kernel", "hyper_")
-"""Parts of the names of our kernels. Products of other libraries crash under the checkers of shared memory."""
-NO_KERNELS = ("test_compile.py", "test_twins_")
-PYTEST = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]
-FRAME = re.compile(r"(?:^|\s)={9}(?: |$)")
-"""What a checker says may follow the name of the test that runs."""
-NO_FINDING = re.compile(r"(COMPUTE-SANITIZER|\w+ SUMMARY: 0 |Target application returned an error|$)")
-VERDICT = re.compile(r"^(tests/\S+\.py)::.* (PASSED|FAILED|ERROR)", re.MULTILINE)
+KERNELS = Path(__file__).parent.parent / "kernels"
+TOOLS = ("racecheck", "memcheck", "initcheck", "synccheck")
+CUDA_KERNEL = re.compile(r"__global__([^{;]*)\{")
+TRITON_KERNEL = re.compile(r"@triton\.jit(?:\([^)]*\))?\s+def (_\w+_kernel)\(")
+BARRIERS = 64
+"""Of a CTA, at most. Checkers count declarations, of which there are none where shared memory is laid out by hand."""
+HEAD = re.compile(r"^=+ (?=\S)")
+LAUNCH = re.compile(r"Launch #\d+")
+SKIPPED = re.compile(r"excluded|not in include|skipped|filtered|above limit")
+NO_REPORT = re.compile(r"COMPUTE-SANITIZER|\w+ SUMMARY: |Target application returned an error|Launch #")
+CHANGING = re.compile(r"by thread.*|in block.*|Address 0x\w+.*|address 0x\w+.*|\[\d+ hazards?\]|#\d+|and is .*")
+VERDICT = re.compile(r"^.*(?:passed|failed|errors?).* in [\d.]+s.*$", re.MULTILINE)
 
 
-def collect(tests: Sequence[str], options: Sequence[str]) -> list[str]:
-    """The names of all tests that would run. The project's settings make pytest quiet, and so print nothing else."""
-    command = [*PYTEST, "--collect-only", *options, *tests]
-    said = subprocess.run(command, capture_output=True, text=True, check=False).stdout
-    return [line for line in said.splitlines() if "::" in line]
+@dataclass(frozen=True)
+class Part:
+    """Kernels that are checked together, and the tests that launch them."""
+
+    sources: tuple[str, ...]
+    """Below kernels/, without their suffixes."""
+    tests: tuple[str, ...]
+    """Files below tests/kernels/, without test_ and .py."""
+    chosen: str = ""
+    """What pytest's -k chooses from them."""
+    only: str = ""
+    """Regular expression of the kernels, if not all of the sources."""
+    large: bool = False
+    """Racecheck, which follows every access on the CPU, looks at the first cluster (or CTA) of each launch alone."""
+
+    def kernels(self) -> tuple[str, ...]:
+        """Names of the kernels."""
+        names = [name for source in self.sources for name in kernels_of(source)]
+        return tuple(name for name in names if re.search(self.only, name))
 
 
-def in_turns(tests: Sequence[str]) -> list[str]:
-    """A middle case of every test, then its neighbours: what a deadline cuts off are further cases of the same."""
-    cases: dict[str, list[str]] = {}
-    for test in tests:
-        cases.setdefault(test.partition("[")[0], []).append(test)
-    distance = {test: abs(2 * place - len(same) + 1) for same in cases.values() for place, test in enumerate(same)}
-    return sorted(tests, key=distance.__getitem__)
+PARTS = {
+    "attention-steps": Part(
+        ("cuda/sparse_attention", "triton_sparse_attention"),
+        ("sparse_attention",),
+        "(hopper_kernels_match and decode and not widened) or joined",
+        "^(sparse_attention|_join)_kernel",
+    ),
+    "attention-any-scale": Part(
+        ("cuda/sparse_attention", "cuda/chunk_attention"), ("sparse_attention",), "any_scale", large=True
+    ),
+    "attention-chunks": Part(
+        ("cuda/chunk_attention",), ("sparse_attention",), "hopper_kernels_match and widened", large=True
+    ),
+    "attention-triton": Part(
+        ("triton_sparse_attention",),
+        ("sparse_attention",),
+        "matches_the_reference and not hopper or without or layer",
+    ),
+    "experts-few": Part(
+        ("cuda/experts_few",),
+        ("experts",),
+        "hopper_experts_match and not 256 and (1-2-8-2-4 or 40-2-8-4-3 or 65-3-5-0-5)",
+        large=True,
+    ),
+    "experts-many": Part(
+        ("cuda/experts_many",),
+        ("experts",),
+        "hopper_experts_match and 256 and (1-2-8-2-4 or 65-3-5-0-5 or 900-2-3-0-3)",
+        large=True,
+    ),
+    "experts-triton": Part(
+        ("triton_experts", "triton_expert_rows"),
+        ("experts",),
+        "not hopper and not (2731 or 700-6 or block_rows_cover or promised)",
+    ),
+    "exchange": Part(("triton_exchange_rows",), ("exchange_rows",)),
+    "fp8-tiles": Part(
+        ("cuda/fp8_gemm",),
+        ("fp8_gemm",),
+        "every_tile_of_the_hopper and (1-512-128 or 65-512-384 or 130-1536-1920)",
+        large=True,
+    ),
+    "fp8-heads": Part(("cuda/fp8_gemm",), ("fp8_gemm",), "heads_are_finished and (1-512 or 63-1024)"),
+    "fp8-triton": Part(
+        ("triton_fp8_gemm", "triton_quantize", "triton_rotary"),
+        ("fp8_gemm", "grouped_output", "rotary", "elementwise"),
+        "not hopper and not heads and not changes_no_bit",
+    ),
+    "seam": Part(
+        ("cuda/hyper_seam",),
+        ("hyper_connection",),
+        "(seam_in_one_launch and (1-1024 or 65-1024 or 257-1024)) or matches_pre[1] or matches_pre[65] or become_the_mix",
+    ),
+    "seam-tiles": Part(("cuda/hyper_seam",), ("hyper_connection",), "alone_and_among", "^hyper_seam", large=True),
+    "hyper-triton": Part(
+        ("triton_hyper_connection",), ("hyper_connection",), "not one_launch and not logits and not among"
+    ),
+    "index-query": Part(
+        ("cuda/index_query", "cuda/top_entries"),
+        ("index_hopper",),
+        "packed_queries or (exact_and_ascend and not 2047)",
+    ),
+    "index-scores": Part(
+        ("cuda/index_scores",),
+        ("index_hopper",),
+        "(twin_and_have_the_same_bits and requests2) or neighbours",
+    ),
+    "index-triton": Part(
+        ("triton_index_query", "triton_index_scores", "triton_top_entries"),
+        ("index_kernels",),
+        "not released_size and not long_rows",
+    ),
+    "wide": Part(("cuda/wide_gemm",), ("wide_linear",), "alone_and_among", large=True),
+    "inputs": Part(("triton_attention_inputs", "triton_rows"), ("attention_inputs", "rows"), "not released_size"),
+    "compressors": Part(("triton_compressor",), ("compressor_kernels",), "not released_size"),
+    "elementwise": Part(
+        ("triton_norm", "triton_swiglu", "triton_gate", "triton_quantize"),
+        ("elementwise", "gate", "launchers"),
+    ),
+    "sampling": Part(("triton_sampling",), ("sampling",), "not released_vocabulary"),
+}
 
 
-def command(tool: str, tests: Sequence[str]) -> list[str]:
-    checker = ["compute-sanitizer", "--tool", tool, "--print-limit", "20", "--target-processes", "all"]
-    if tool != "memcheck":
-        for part in OURS:
-            checker += ["--kernel-regex", f"kns={part}"]
-    return [*checker, *PYTEST, "-vv", "--tb=short", *tests]
+def kernels_of(source: str) -> list[str]:
+    """Names of the kernels that a source of kernels/ declares."""
+    path = KERNELS / f"{source}.py"
+    if path.exists():
+        return TRITON_KERNEL.findall(path.read_text())
+    declared = CUDA_KERNEL.findall((KERNELS / f"{source}.cu").read_text())
+    return [re.findall(r"\b([a-z]\w*)\(", signature)[0] for signature in declared]
 
 
-def run(tool: str, tests: Sequence[str], log: Path, deadline: float) -> str:
-    """What checker and tests said until they ended or time was up."""
+@dataclass
+class Outcome:
+    """What became of one part under one tool."""
+
+    tool: str
+    part: str
+    launches: Counter[str] = field(default_factory=Counter)
+    reports: Counter[tuple[str, str]] = field(default_factory=Counter)
+    """(kernel or "", text) of each."""
+    tests: str = "cut off"
+
+
+def options_of(tool: str, part: Part, known: str) -> list[str]:
+    """What the checker is told. `known`: its own help, for older ones know less."""
+    options = ["--tool", tool, "--print-limit", "60", "--show-backtrace", "no"]
+    if tool != "initcheck":  # which must see the writes of all
+        options += [word for name in part.kernels() for word in ("--kernel-name", f"kns={name}")]
+    if tool in ("racecheck", "synccheck"):
+        options += ["--num-cuda-barriers", str(BARRIERS)]
+    wanted = ["--dump-kernel-launches", "--racecheck-num-workers=2"]
+    if part.large and tool == "racecheck":
+        wanted.append("--racecheck-filter-cluster-id=0")
+    return options + [option for option in wanted if option.partition("=")[0] in known]
+
+
+def run(checker: str, known: str, extra: Sequence[str], out: Path, deadline: float, job: tuple[str, str]) -> Outcome:
+    """One part under one tool, until it ends or time is up."""
+    tool, name = job
+    part = PARTS[name]
+    log, tests = out / f"{tool}-{name}.log", out / f"{tool}-{name}.txt"
+    files = [f"tests/kernels/test_{test}.py" for test in part.tests]
+    pytest = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--tb=short", "--timeout=0", *files]
+    command = [checker, *options_of(tool, part, known), *extra, "--log-file", str(log)]
+    command += [*pytest, *(("-k", part.chosen) if part.chosen else ())]
     environment = dict(os.environ)
     if tool in ("memcheck", "initcheck"):
-        # In torch's pool a tensor's neighbour is a valid address.
-        environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
-    with log.open("wb") as stream:
+        environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # in torch's pool a tensor's neighbour is a valid address
+    left = deadline - time.monotonic()
+    with tests.open("wb") as stream:
         process = subprocess.Popen(
-            command(tool, tests), stdout=stream, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+            command, stdout=stream, stderr=subprocess.STDOUT, env=environment, start_new_session=True
         )
         try:
-            process.wait(max(0.0, deadline - time.monotonic()))
+            process.wait(max(0.0, left))
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-    return log.read_text(errors="replace")
+    outcome = Outcome(tool, name)
+    if log.exists():
+        read_log(log.read_text(errors="replace"), part.kernels(), outcome)
+    if ended := VERDICT.findall(tests.read_text(errors="replace")):
+        outcome.tests = ended[-1]
+    return outcome
 
 
-def findings(said: str) -> list[str]:
-    """What a checker reported, line by line, also one that was cut off."""
-    lines = [line[frame.end() :].strip() for line in said.splitlines() if (frame := FRAME.search(line))]
-    return [line for line in lines if not NO_FINDING.match(line)]
+def read_log(said: str, kernels: Iterable[str], outcome: Outcome) -> None:
+    """Launches and reports. A report is a line that is not indented, and the indented ones after it."""
+    records: list[list[str]] = []
+    for line in said.splitlines():
+        if HEAD.match(line):
+            records.append([HEAD.sub("", line)])
+        elif records and line.strip("= "):
+            records[-1].append(line.lstrip("=").strip())
+    for record in records:
+        text = "\n".join(record)
+        name = next((kernel for kernel in kernels if re.search(rf"\b{kernel}\b", text)), "")
+        if LAUNCH.match(text):
+            if name and not SKIPPED.search(text):
+                outcome.launches[name] += 1
+        elif not NO_REPORT.match(text):
+            lines = (CHANGING.sub("", line).strip() for line in record)
+            outcome.reports[name, "\n    ".join(line for line in lines if line)] += 1
+
+
+def table(outcomes: Sequence[Outcome]) -> Iterable[str]:
+    """A row for each tool and kernel, then for each tool and part whose tests did not all pass."""
+    yield "| tool | kernel | launches | errors | warnings |\n|---|---|---|---|---|"
+    for tool in TOOLS:
+        of_tool = [outcome for outcome in outcomes if outcome.tool == tool]
+        names = {name: None for outcome in of_tool for name in PARTS[outcome.part].kernels()}
+        for name in names:
+            launches = sum(outcome.launches[name] for outcome in of_tool)
+            reports = sum((outcome.reports for outcome in of_tool), Counter())
+            of_kernel = [text for kernel, text in reports if kernel == name]
+            warnings = sum(text.startswith("Warning") for text in of_kernel)
+            yield f"| {tool} | {name} | {launches} | {len(of_kernel) - warnings} | {warnings} |"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("tests", nargs="*", help="default: all files of tests/kernels")
-    parser.add_argument("--tool", choices=TOOLS, default="memcheck")
+    parser.add_argument("--tool", default=",".join(TOOLS))
+    parser.add_argument("--kernel", default="", help="only parts with a kernel of which this is a part of the name")
+    parser.add_argument("--part", default="", help="only these parts, by commas")
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--checker", default="compute-sanitizer")
+    parser.add_argument("--options", default="", help="more of the checker's own")
     parser.add_argument("--jobs", type=int, default=16)
-    parser.add_argument("--deadline-s", type=float, default=80.0)
-    parser.add_argument("--pytest", default="", metavar="OPTIONS", help="to choose among the tests")
+    parser.add_argument("--deadline-s", type=float, default=300.0)
     options = parser.parse_args()
-    if shutil.which("compute-sanitizer") is None:
+    checker = shutil.which(options.checker)
+    if checker is None:
         print("compute-sanitizer is not installed: it is part of the CUDA toolkit", file=sys.stderr)
         return 2
     began = time.monotonic()
     options.out.mkdir(parents=True, exist_ok=True)
-    files = [str(path) for path in sorted(Path("tests/kernels").glob("test_*.py"))]
-    files = [file for file in files if not Path(file).name.startswith(NO_KERNELS)]
-    wanted = collect(options.tests or files, shlex.split(options.pytest))
-    if not wanted:
-        print("there are no such tests", file=sys.stderr)
-        return 2
-    hands = [hand for first in range(options.jobs) if (hand := in_turns(wanted)[first :: options.jobs])]
-    with ThreadPoolExecutor(len(hands)) as pool:
-        logs = [options.out / f"{options.tool}-{number}.txt" for number in range(len(hands))]
-        ending = [began + options.deadline_s] * len(hands)
-        said = list(pool.map(run, [options.tool] * len(hands), hands, logs, ending))
-    verdicts = Counter(pair for text in said for pair in VERDICT.findall(text))
-    of_file = Counter(test.partition("::")[0] for test in wanted)
-    print(f"{options.tool}, {time.monotonic() - began:.0f} s\n| file | passed | failed | cut off |\n|---|---|---|---|")
-    for file, count in of_file.items():
-        passed, failed = verdicts[file, "PASSED"], verdicts[file, "FAILED"] + verdicts[file, "ERROR"]
-        print(f"| {file} | {passed} | {failed} | {count - passed - failed} |")
-    found = [line for text in said for line in findings(text)]
-    print(*(found or ["nothing found"]), sep="\n")
-    return 0 if not found and sum(verdicts[file, "PASSED"] for file in of_file) == len(wanted) else 1
+    known = subprocess.run([checker, "--help"], capture_output=True, text=True, check=True).stdout
+    parts = options.part.split(",") if options.part else list(PARTS)
+    parts = [name for name in parts if any(options.kernel in kernel for kernel in PARTS[name].kernels())]
+    jobs = [(tool, name) for tool in options.tool.split(",") for name in parts]
+    check = partial(run, checker, known, shlex.split(options.options), options.out, began + options.deadline_s)
+    with ThreadPoolExecutor(options.jobs) as pool:
+        outcomes = list(pool.map(check, jobs))
+    print(f"{checker}, {time.monotonic() - began:.0f} s", *table(outcomes), sep="\n")
+    clean = True
+    for outcome in outcomes:
+        missing = [name for name in PARTS[outcome.part].kernels() if not outcome.launches[name]]
+        print(
+            f"{outcome.tool} {outcome.part}: {outcome.tests}", f"; not launched: {missing}" if missing else "", sep=""
+        )
+        clean &= "passed" in outcome.tests and "failed" not in outcome.tests and "error" not in outcome.tests
+    for tool in options.tool.split(","):
+        reports = sum((outcome.reports for outcome in outcomes if outcome.tool == tool), Counter())
+        for (kernel, text), count in reports.items():
+            print(f"{tool}, {kernel or 'no kernel of ours'}, {count} times: {text}")
+            clean = False
+    return 0 if clean else 1
 
 
 if __name__ == "__main__":
