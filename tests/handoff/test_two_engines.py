@@ -25,6 +25,20 @@ TINY: dict[str, Any] = {"block_size": 64, "num_pages": 40}
 ON_GPU: dict[str, Any] = {"device": "cuda", "async_scheduling": "on", "cudagraph_capture_sizes": (2, 8)}
 
 
+def at_the_width_of_flash(directory: Path) -> tuple[EngineConfig, int]:
+    """Four layers with few experts and made-up weights on a GPU, and the size of its vocabulary."""
+    whole = flash()
+    config = msgspec.structs.replace(
+        whole, num_hidden_layers=4, compress_ratios=whole.compress_ratios[:4], num_nextn_predict_layers=0,
+        n_routed_experts=16,
+    )  # fmt: skip
+    (directory / "config.json").write_bytes(config.to_json())
+    engine = EngineConfig(
+        model=str(directory), load_format="dummy", num_pages=64, max_num_seqs=16, max_model_len=8192, **ON_GPU
+    )
+    return engine, config.vocab_size
+
+
 @contextmanager
 def rank(role: Role, config: EngineConfig, transfer: TransferConfig) -> Iterator[RankProcess]:
     process = RankProcess(role, config, None if role == "standalone" else transfer)
@@ -72,26 +86,26 @@ def compare(
             done += len(group)
             ids = {ask.request_id: f"{int(ask.request_id[1:]):032x}" for ask in group}
             alone.ask(group)
-            prefill.ask([_with(ask, SendState(transfer_id=ids[ask.request_id])) for ask in group])
-            decode.ask([_with(ask, _receive(ids[ask.request_id], source)) for ask in group])
+            prefill.ask([hand_off(ask, SendState(transfer_id=ids[ask.request_id])) for ask in group])
+            decode.ask([hand_off(ask, receive_from(ids[ask.request_id], source)) for ask in group])
             prefilled = prefill.finish(done, WORD_S)
             decoded = decode.finish(done, WORD_S)
             expected = alone.finish(done, WORD_S)
     assert decoded.keys() == expected.keys()
     for ask in asks:
-        _assert_same(decoded[ask.request_id], expected[ask.request_id], f"a prompt of {len(ask.prompt)} tokens")
+        assert_same(decoded[ask.request_id], expected[ask.request_id], f"a prompt of {len(ask.prompt)} tokens")
         assert prefilled[ask.request_id].token_ids == expected[ask.request_id].token_ids[:1]
 
 
-def _with(ask: Ask, handoff: SendState | ReceiveState) -> Ask:
+def hand_off(ask: Ask, handoff: SendState | ReceiveState) -> Ask:
     return Ask(ask.request_id, ask.prompt, ask.sampling, handoff)
 
 
-def _receive(transfer_id: str, source: Ready) -> ReceiveState:
+def receive_from(transfer_id: str, source: Ready) -> ReceiveState:
     return ReceiveState(transfer_id=transfer_id, source_address=source.address, source_epoch=source.epoch)
 
 
-def _assert_same(got: Answer, expected: Answer, what: str) -> None:
+def assert_same(got: Answer, expected: Answer, what: str) -> None:
     assert got.token_ids == expected.token_ids, what
     assert got.logprobs == expected.logprobs, what
     assert np.isfinite([entry.logprob for entry in got.logprobs]).all(), what
@@ -120,17 +134,9 @@ def test_two_engines_say_what_one_says_on_a_gpu(tiny_checkpoint: Path, numerics:
 @pytest.mark.gpu
 @pytest.mark.parametrize("transport", ["intra_node", "tcp"])
 def test_two_engines_say_what_one_says_at_the_width_of_flash(tmp_path: Path, transport: str) -> None:
-    whole = flash()
-    config = msgspec.structs.replace(
-        whole, num_hidden_layers=4, compress_ratios=whole.compress_ratios[:4], num_nextn_predict_layers=0,
-        n_routed_experts=16,
-    )  # fmt: skip
-    (tmp_path / "config.json").write_bytes(config.to_json())
-    engine = EngineConfig(
-        model=str(tmp_path), load_format="dummy", num_pages=64, max_num_seqs=16, max_model_len=8192, **ON_GPU
-    )
+    engine, vocab = at_the_width_of_flash(tmp_path)
     # The router's scores are a product of the library, whose sums depend on what else is in the batch.
-    compare(engine, transport, (1, 300, 2500, 6000, 257), config.vocab_size, at_once=False)
+    compare(engine, transport, (1, 300, 2500, 6000, 257), vocab, at_once=False)
 
 
 @pytest.mark.gpu(2)
