@@ -120,7 +120,7 @@ PARTS = {
     "seam": Part(
         ("cuda/hyper_seam",),
         ("hyper_connection",),
-        "(seam_in_one_launch and (1-1024 or 65-1024 or 257-1024)) or matches_pre[1] or matches_pre[65] or become_the_mix",
+        "(seam_in_one and (1-1024 or 65-1024 or 257-1024)) or matches_pre[1] or matches_pre[65] or logits_become",
     ),
     "seam-tiles": Part(("cuda/hyper_seam",), ("hyper_connection",), "alone_and_among", "^hyper_seam", large=True),
     "hyper-triton": Part(
