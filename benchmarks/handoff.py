@@ -2,6 +2,7 @@
 
     python -m benchmarks.handoff [--rounds 15] [--tokens 1024 8192 65536] [--set max_read_bytes=1048576 ...]
     python -m benchmarks.handoff --device cuda --set transport=intra_node      # pools of both on one GPU
+    python -m benchmarks.handoff --device cuda --busy 25        # while the decode side's GPU runs steps of 25 ms
     python -m benchmarks.handoff --device cuda:0 --from cuda:1 --set transport=intra_node              # or on two
 
 The claim waits for the prompt, as in service. "total" runs from the call that says that the prompt is done, in the
@@ -26,12 +27,14 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 import torch
 
+from benchmarks.busy_steps import BusySteps
 from engine.pool_bytes import PoolBytes
 from kv_transfer.agent import TransferAgent
 from kv_transfer.agent_events import AgentEvent, Received, ReceiveFailed, SendEnded
@@ -71,6 +74,7 @@ class Rank:
         if self._memory.is_cuda:
             torch.cuda.set_device(self._memory.device)
             torch.cuda.synchronize()
+        self.device = self._memory.device
         base = self._memory.data_ptr()
         self.pages = MemoryRegion(base, layout.page_bytes, num_pages)
         self.slots = MemoryRegion(base + self.pages.num_bytes, layout.slot_bytes, 2)
@@ -289,6 +293,7 @@ def main() -> int:
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="of the transfer configuration")
     parser.add_argument("--device", default="cpu", metavar="cpu|cuda[:N]", help="where the pools are")
     parser.add_argument("--from", dest="source", metavar="DEVICE", help="where those of the prefill side are, if apart")
+    parser.add_argument("--busy", type=float, metavar="MS", help="steps of this time on the decode side meanwhile")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     settings = dict(pair.split("=", 1) for pair in options.set)
@@ -301,13 +306,18 @@ def main() -> int:
     source = Source([f"--tokens={max(options.tokens)}", f"--device={theirs}", "--set", *options.set])
     rank = Rank(config, num_pages, options.device)
     bench = Bench(config, rank, source)
+    steps = BusySteps(rank.device, options.busy / 1e3) if options.busy else None
     print(" tokens     pages       MB total ms reads ms   GB/s  bare ms   GB/s  best way  reads  total")
     rows = []
-    for num_tokens in options.tokens:
-        for scattered in (False, True):
-            row = bench.row(num_tokens, scattered, options.rounds)
-            print(row.text, flush=True)
-            rows.append(row)
+    with steps or nullcontext():
+        for num_tokens in options.tokens:
+            for scattered in (False, True):
+                row = bench.row(num_tokens, scattered, options.rounds)
+                print(row.text, flush=True)
+                rows.append(row)
+    if steps is not None:
+        times_ms = [1e3 * seconds for seconds in steps.times_s]
+        print(f"steps meanwhile: {statistics.median(times_ms):.1f} ms, the longest {max(times_ms):.1f} ms")
     rank.agent.check_integrity()
     rank.agent.stop()
     source.stop()

@@ -7,6 +7,8 @@ default stream is not ordered with, and records are copied out on another.
 import torch
 from torch import Tensor
 
+from engine.gpu_direct import flush_of
+
 
 class PoolBytes:
     """`kv_transfer.regions.PoolMemory` of pools that are tensors."""
@@ -15,7 +17,9 @@ class PoolBytes:
         """pools: contiguous uint8, all on one device."""
         self._pools = [pool.view(-1) for pool in pools]
         self._device = pools[0].device
-        self._reads = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
+        on_gpu = self._device.type == "cuda"
+        self._reads = torch.cuda.Stream(self._device) if on_gpu else None
+        self._flush = flush_of(self._device) if on_gpu else None
 
     def bind_thread(self) -> None:
         """Make the pools' device the current one of the calling thread, and create its context there."""
@@ -25,10 +29,12 @@ class PoolBytes:
             self.settle()
 
     def settle(self) -> None:
-        """Wait for the default stream. A library that copies from pageable host memory does so there, and such a call
-        returns when the bytes are staged, which is before the device has them."""
+        """Wait for the default stream: a library that copies from pageable host memory does so there, and such a call
+        returns when the bytes are staged, which is before the device has them. Then for what network devices wrote."""
         if self._device.type == "cuda":
             torch.cuda.default_stream(self._device).synchronize()
+        if self._flush is not None:
+            self._flush()
 
     def read(self, address: int, num_bytes: int) -> memoryview:
         """Those bytes on the host; of a device's a copy. Raises ValueError for bytes outside of the pools."""
