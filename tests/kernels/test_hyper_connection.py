@@ -108,8 +108,8 @@ def test_the_packed_rows_are_the_left_operands_of_the_tensor_cores(generator, de
     assert _relative(product.reshape(24, tokens), fn.double() @ streams.flatten(1).T) < 2**-16
 
 
-TOKENS = [1, 7, 64, 65, 257, 1000]
-"""Fewer than a tile, one more than whole tiles, and every number of tiles a cluster takes."""
+TOKENS = [0, 1, 7, 64, 65, 257, 1000]
+"""None, fewer than a tile, one more than whole tiles, and every number of tiles a cluster takes."""
 
 
 def _logits(generator, device, tokens):

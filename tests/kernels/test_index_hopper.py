@@ -91,7 +91,9 @@ def test_packed_queries_hold_the_twins_values(device, tokens, form):
     angles = rope_angles(torch.arange(tokens) * 7919, frequencies)
     keys = pool_copy(pool(1, 64, WIDTH, form, 0), device)
     on_device = (angles[0].to(device), angles[1].to(device))
-    got = index_query(query.to(device), on_device, keys, simulate=True)
+    apart = torch.full((tokens, HEADS + 1, WIDTH), torch.nan, dtype=torch.bfloat16, device=device)[:, 1:]
+    apart.copy_(query)
+    got = index_query(apart, on_device, keys, simulate=True)
     assert isinstance(got, PackedQuery)
     expected = index_query_ref(query.clone(), angles, keys, simulate=True).float()
     values = unpacked(got)

@@ -249,7 +249,13 @@ HOPPER = {
     "in parts of 1 tile": {"widened": False, "part_tiles": 1},
     "widened": {"widened": True},
 }
-LARGE = {"decode": [(700, 1), (3000, 1), (0, 1)], "chunk": [(100, 70), (0, 3)], "mixed": [(0, 150), (700, 1), (33, 61)]}
+LARGE = {
+    "nothing": [(0, 0)],
+    "decode": [(700, 1), (3000, 1), (0, 1)],
+    "edges": [(127, 1), (128, 1), (0, 2), (126, 5), (3, 1), (2047, 1)],
+    "chunk": [(100, 70), (0, 3)],
+    "mixed": [(0, 150), (700, 1), (33, 61)],
+}
 
 
 @pytest.mark.gpu
