@@ -9,6 +9,7 @@ import orjson
 from api.chat_format import new_call_id
 from api.errors import Problem
 from api.parse_events import ContentDelta, Event, ReasoningDelta, ToolArgumentsDelta, ToolCallStart
+from api.plain_text import PlainText
 from api.reader import Reader
 from api.text_output import Piece
 from runtime.requests import Tokens
@@ -26,6 +27,8 @@ class MessagesShape(msgspec.Struct, frozen=True, kw_only=True):
 
 class MessagesResponse:
     """Turns the one choice of a request into content blocks, of which one is open at a time."""
+
+    plain: Sequence[PlainText] = ()
 
     def __init__(self, reader: Reader, shape: MessagesShape) -> None:
         self._reader = reader

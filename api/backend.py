@@ -37,6 +37,10 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     version: str = "0.1.0"
 
 
+Direct = Callable[[Tokens], bool]
+"""Takes a step at once and answers True, or leaves it and answers False. Must not raise."""
+
+
 class GenerationStream(Protocol):
     """The tokens of one submitted request, in order, ending with one that has a finish reason, or with an error."""
 
@@ -57,8 +61,11 @@ class GenerationStream(Protocol):
         """Everything queued since the last call; empty if nothing is. Raises what ended the request, once reached."""
         ...
 
-    def subscribe(self, wake: Callable[[], None]) -> None:
-        """Call `wake` whenever something is queued, and at once if something is queued already."""
+    def subscribe(self, wake: Callable[[], None], direct: "Direct | None" = None) -> None:
+        """Call `wake` whenever something is queued, and at once if something is queued already.
+
+        `direct` is offered each step before it is queued, unless others wait in the queue; what it takes is not queued.
+        """
 
     def __aiter__(self) -> AsyncIterator[Tokens]: ...
 
@@ -107,7 +114,9 @@ class TokenQueue:
     `abort` is called with the request id when the reader closes before the end.
     """
 
-    __slots__ = ("_abort", "_closed", "_ended", "_error", "_path", "_tokens", "_wake", "rank", "request_id")
+    __slots__ = (
+        "_abort", "_closed", "_direct", "_ended", "_error", "_offer", "_path", "_tokens", "_wake", "rank", "request_id",
+    )  # fmt: skip
 
     def __init__(self, request_id: str, abort: Callable[[str], None], rank: int = 0, path: str = "local") -> None:
         """`path`: how the prompt's state comes unless `handed_over` is called before the first token."""
@@ -118,6 +127,9 @@ class TokenQueue:
         self._tokens: list[Tokens] = []
         self._error: TandemError | None = None
         self._wake: Callable[[], None] | None = None
+        self._direct: Direct | None = None
+        self._offer: Direct | None = None
+        """`_direct` while a step may go to it: nothing is queued and more may come."""
         self._ended = False
         self._closed = False
 
@@ -135,9 +147,13 @@ class TokenQueue:
         self._path = "handoff"
 
     def push(self, tokens: Tokens) -> None:
-        """Queue one step's tokens. Ignored after the end."""
+        """Hand over or queue one step's tokens. Ignored after the end."""
+        offer = self._offer
+        if offer is not None and offer(tokens):
+            return
         if self._ended or self._closed:
             return
+        self._offer = None
         self._tokens.append(tokens)
         self._ended = tokens.finish_reason is not None
         if self._wake is not None:
@@ -149,19 +165,24 @@ class TokenQueue:
             return
         self._error = error
         self._ended = True
+        self._offer = None
         if self._wake is not None:
             self._wake()
 
     def pending(self) -> Sequence[Tokens]:
         if self._tokens:
             tokens, self._tokens = self._tokens, []
+            if not self._ended:
+                self._offer = self._direct
             return tokens
         if self._error is not None:
             raise self._error
         return ()
 
-    def subscribe(self, wake: Callable[[], None]) -> None:
+    def subscribe(self, wake: Callable[[], None], direct: Direct | None = None) -> None:
         self._wake = wake
+        self._direct = direct
+        self._offer = None if self._tokens or self.ended else direct
         if self._tokens or self._error is not None:
             wake()
 
@@ -181,5 +202,6 @@ class TokenQueue:
         if self.ended:
             return
         self._closed = True
+        self._offer = None
         self._tokens = []
         self._abort(self.request_id)

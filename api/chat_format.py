@@ -38,11 +38,20 @@ class ChatShape(msgspec.Struct, frozen=True, kw_only=True):
 
 
 _NOTHING_MORE = b',"logprobs":null,"finish_reason":null}]}\n\n'
-_CONTENT_END = b"}" + _NOTHING_MORE
 
 
-def _content_delta(text: str) -> bytes:
-    return b'{"content":' + orjson.dumps(text) + b"}"
+def _around(names: Sequence[str]) -> tuple[bytes, ...]:
+    """What a delta has before, between and behind the places of its text, which it has under each of these names."""
+    starts = [b'"%b":"' % name.encode() for name in names]
+    return (b"{" + starts[0], *(b'",' + start for start in starts[1:]), b'"}')
+
+
+_CONTENT = _around(["content"])
+
+
+def _in_json(text: str) -> bytes:
+    """A text as it stands between the quotes of a JSON string."""
+    return orjson.dumps(text)[1:-1]
 
 
 def new_call_id() -> str:
@@ -83,10 +92,10 @@ class ChatResponse:
         self._openings = [
             b'%b"choices":[{"index":%d,"delta":' % (self._head, number) for number in range(len(self._choices))
         ]
-        self._content_openings = [opening + b'{"content":' for opening in self._openings]
         self._shows_all = shape.include_reasoning and shape.parallel_tool_calls
         self._only_deltas = not (shape.num_logprobs is not None or shape.return_token_ids or shape.continuous_usage)
-        self._reasoning_names = [b'"%b":' % name.encode() for name in shape.reasoning_fields]
+        self._reasoning = _around(shape.reasoning_fields)
+        self.plain = reader.plain if self._only_deltas else ()
 
     def _take(self, choice: _Choice, tokens: Tokens, piece: Piece) -> tuple[Sequence[Event], Piece]:
         """The events that the caller sees of one step, and the step without hidden tokens."""
@@ -135,19 +144,12 @@ class ChatResponse:
         )
 
     def feed(self, arrived: Sequence[tuple[int, Tokens]]) -> bytes:
-        if len(arrived) == 1:
-            number, tokens = arrived[0]
-            return self._prose(number, tokens) or self._step(number, tokens)
-        return b"".join([self._prose(*step) or self._step(*step) for step in arrived])
-
-    def _prose(self, number: int, tokens: Tokens) -> bytes:
-        """The chunk of a step that is only more text, if it is one and nobody wants to know more about it."""
-        text = self._reader.plain(number, tokens) if self._only_deltas else ""
-        if not text:
-            return b""
-        if self._reader.in_reasoning:
-            return self._openings[number] + self._reasoning_delta(text) + _NOTHING_MORE
-        return self._content_openings[number] + orjson.dumps(text) + _CONTENT_END
+        now = self._reader.clock()
+        frames = []
+        for number, tokens in arrived:
+            frame = self.plain[number].take(tokens, now) if self.plain else b""
+            frames.append(frame or self._step(number, tokens))
+        return b"".join(frames)
 
     def _step(self, number: int, tokens: Tokens) -> bytes:
         frames = []
@@ -155,7 +157,14 @@ class ChatResponse:
             choice = self._choices[number]
             events, piece = self._take(choice, tokens, piece)
             frames.append(self._chunks(number, choice, events, piece))
+            if self.plain:
+                self.plain[number].frame = self._plain_frame(number)
         return b"".join(frames)
+
+    def _plain_frame(self, number: int) -> Sequence[bytes]:
+        """The chunk of more text of the part that the choice is in, around the text."""
+        first, *between, last = self._reasoning if self._reader.in_reasoning(number) else _CONTENT
+        return (self._openings[number] + first, *between, last + _NOTHING_MORE)
 
     def _chunks(self, number: int, choice: _Choice, events: Sequence[Event], piece: Piece) -> bytes:
         """One step's chunks, one per event."""
@@ -193,9 +202,9 @@ class ChatResponse:
 
     def _delta(self, event: Event) -> bytes:
         if type(event) is ContentDelta:
-            return _content_delta(event.text)
+            return _in_json(event.text).join(_CONTENT)
         if type(event) is ReasoningDelta:
-            return self._reasoning_delta(event.text)
+            return _in_json(event.text).join(self._reasoning)
         if type(event) is ToolCallStart:
             function = {"name": event.name, "arguments": ""}
             call = {"index": event.index, "id": new_call_id(), "type": "function", "function": function}
@@ -203,10 +212,6 @@ class ChatResponse:
         assert type(event) is ToolArgumentsDelta
         piece = {"index": event.index, "function": {"arguments": event.text}}
         return orjson.dumps({"tool_calls": [piece]})
-
-    def _reasoning_delta(self, text: str) -> bytes:
-        escaped = orjson.dumps(text)
-        return b"{" + b",".join([name + escaped for name in self._reasoning_names]) + b"}"
 
     def end(self) -> bytes:
         if not self._shape.include_usage:

@@ -35,9 +35,14 @@ class ChatOutput:
         """Whether plain text belongs to the reasoning now."""
         return self._parser.in_reasoning
 
-    def plain(self, token_ids: Sequence[int]) -> str:
-        """Take a step in the middle that is nothing but text of the present part. Empty: not taken, `feed` must."""
-        return self._parser.plain(token_ids) if self._is_unsearched else ""
+    @property
+    def plain_words(self) -> Sequence[bytes] | None:
+        """What `OutputParser.plain_words` says, unless stop strings or tokens to hide are looked for."""
+        return self._parser.plain_words if self._is_unsearched else None
+
+    def took(self, num_tokens: int) -> None:
+        """That many tokens were taken as `plain_words` has them, and not fed."""
+        self._parser.took(num_tokens)
 
     def feed(self, tokens: Tokens) -> Piece:
         """The next step. Nothing may be fed after a piece with a finish reason."""

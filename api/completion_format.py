@@ -57,7 +57,9 @@ class CompletionResponse:
             shape.num_logprobs is not None or shape.return_token_ids or shape.continuous_usage or shape.prompt_only
         )
         head = orjson.dumps(shape.head)[:-1]
-        self._openings = [b'data: %b,"choices":[{"index":%d,"text":' % (head, number) for number in range(len(submits))]
+        self.plain = reader.plain if self._only_text else ()
+        for number, plain in enumerate(self.plain):
+            plain.frame = (b'data: %b,"choices":[{"index":%d,"text":"' % (head, number), _NOTHING_MORE)
 
     def _read(self, arrived: Sequence[tuple[int, Tokens]]) -> list[tuple[_Choice, dict[str, Any]]]:
         shape = self._shape
@@ -97,15 +99,12 @@ class CompletionResponse:
         return b""
 
     def feed(self, arrived: Sequence[tuple[int, Tokens]]) -> bytes:
-        frames = [self._text(*step) or self._step(*step) for step in arrived]
-        return frames[0] if len(frames) == 1 else b"".join(frames)
-
-    def _text(self, number: int, tokens: Tokens) -> bytes:
-        """The chunk of a step that is only more text, if it is one and nobody wants to know more about it."""
-        if not self._only_text or self._choices[number].echo_text is not None:
-            return b""
-        text = self._reader.plain(number, tokens)
-        return self._openings[number] + orjson.dumps(text) + _NOTHING_MORE if text else b""
+        now = self._reader.clock()
+        frames = []
+        for number, tokens in arrived:
+            frame = self.plain[number].take(tokens, now) if self.plain else b""
+            frames.append(frame or self._step(number, tokens))
+        return b"".join(frames)
 
     def _step(self, number: int, tokens: Tokens) -> bytes:
         frames = []
@@ -153,7 +152,7 @@ class CompletionResponse:
         return merged
 
 
-_NOTHING_MORE = b',"logprobs":null,"finish_reason":null,"stop_reason":null}]}\n\n'
+_NOTHING_MORE = b'","logprobs":null,"finish_reason":null,"stop_reason":null}]}\n\n'
 _LOGPROB_KEYS = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
 
 

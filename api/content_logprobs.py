@@ -28,9 +28,11 @@ class ContentLogprobs:
     def in_reasoning(self) -> bool:
         return self._output.in_reasoning
 
-    def plain(self, token_ids: Sequence[int]) -> str:
-        """Never taken: every token is looked at."""
-        return ""
+    plain_words = None
+    """Every token is looked at."""
+
+    def took(self, num_tokens: int) -> None:
+        """Nothing ever is."""
 
     def feed(self, tokens: Tokens) -> Piece:
         """The next step. Nothing may be fed after a piece with a finish reason."""

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Self
 
-from api.backend import EngineClient, GenerationStream
+from api.backend import Direct, EngineClient, GenerationStream
 from api.turn import Turn
 from runtime.errors import TandemError
 from runtime.requests import Submit, Tokens
@@ -77,12 +77,16 @@ class Generation:
         """Whether a choice has not ended."""
         return bool(self._live)
 
-    def listen(self, listener: Callable[[], None] | None) -> None:
+    def listen(self, listener: Callable[[], None] | None, direct: Direct | None = None) -> None:
         """Call `listener` from the event loop when something arrived, once for all that came in one turn of the loop.
 
-        Cheaper than `wait`, which resumes the whole chain of coroutines that led to it. None: stop.
+        Cheaper than `wait`, which resumes the whole chain of coroutines that led to it. Where there is a single choice,
+        `direct` may take its steps before they are queued; several are read together, so that they leave together.
+        None: stop.
         """
         self._listener = listener
+        if len(self._all) == 1:
+            self._all[0].subscribe(self.wake, direct)
 
     def wake(self) -> None:
         """Make `wait` return, or call the listener, even if nothing has arrived."""

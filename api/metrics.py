@@ -232,6 +232,11 @@ class RequestTimer:
         self._last = now
         self._num_tokens += count
 
+    def timed(self, count: int, last: float) -> None:
+        """`count` more tokens arrived, the last of them at `last`, and their gaps have been observed already."""
+        self._last = last
+        self._num_tokens += count
+
     def end(self, reason: str, num_prompt: int, num_cached: int) -> None:
         """The choice ended after the last `tokens`."""
         metrics, rank = self._metrics, self._rank

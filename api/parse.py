@@ -11,7 +11,7 @@ from api.detokenizer import Detokenizer
 from api.parse_calls import CallsParser
 from api.parse_events import Event, ParserStart, StartState
 from api.parse_marks import DSML, MARKS, TextMarks
-from api.parse_prose import UNCERTAIN_ENDS, ProseParser
+from api.parse_prose import ProseParser
 from api.parse_sink import EventSink
 from api.tokenizer import Tokenizer
 
@@ -30,8 +30,10 @@ class OutputParser:
         self._text_marks = TextMarks()
         self._detokenizer: Detokenizer | None = None
         self._marks: dict[int, str] = {}
+        self._prose_of: Sequence[bytes] | None = None
         if tokenizer is not None:
             self._detokenizer = Detokenizer(tokenizer)
+            self._prose_of = tokenizer.prose_of
             self._marks = {tokenizer.id_of(spelling): mark for spelling, mark in MARKS.items()}
             self._marks[tokenizer.eos_id] = ""
         self.reasoning_tokens = 0
@@ -54,19 +56,20 @@ class OutputParser:
     def in_reasoning(self) -> bool:
         return self._prose.in_reasoning and not self._in_calls
 
-    def plain(self, token_ids: Sequence[int]) -> str:
-        """Take the next tokens, if they are certain to be more of the present reasoning or content and nothing else.
+    @property
+    def plain_words(self) -> Sequence[bytes] | None:
+        """id -> JSON text of the tokens that would now be more of the present reasoning or content and nothing else.
 
-        Returns their text, which `feed` would have given as the one event; or nothing, and then nothing was taken.
+        Empty for tokens that must be fed. None: all of them must. It holds until something is fed.
         """
-        if self._in_calls or self._detokenizer is None or not self._prose.is_open:
-            return ""
-        text = self._detokenizer.plain(token_ids)
-        if not text or text[-1] in UNCERTAIN_ENDS:
-            return ""
+        if self._in_calls or self._detokenizer is None or not (self._prose.is_open and self._detokenizer.is_whole):
+            return None
+        return self._prose_of
+
+    def took(self, num_tokens: int) -> None:
+        """That many tokens were taken as `plain_words` has them, and not fed."""
         if self._prose.in_reasoning:
-            self.reasoning_tokens += len(token_ids)
-        return text
+            self.reasoning_tokens += num_tokens
 
     def feed(self, token_ids: Sequence[int]) -> list[Event]:
         """Take the next tokens."""

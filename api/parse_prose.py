@@ -21,10 +21,6 @@ _OPENER_PREFIX: Final = re.compile(f"(?:{'|'.join(BLOCK_NAMES)})[ \\t]{{0,4}}")
 _OPENER_SPELLINGS: Final = (*BLOCK_NAMES, 'invoke name="')
 
 
-UNCERTAIN_ENDS: Final = "\n<"
-"""A text that ends with one of these may have to wait for what follows."""
-
-
 class Opener(enum.Enum):
     """What a `<｜DSML｜` in prose turns out to be."""
 

@@ -9,9 +9,10 @@ from aiohttp import web
 from api.context import CONTEXT
 from api.generation import Generation
 from api.jsonio import json_response
+from api.pump import EventWriter
 from api.reader import Output, Reader
 from api.resume import CREATED_HEADER
-from api.sse import EventWriter, path_header, send_events
+from api.sse import path_header, send_events
 from api.submission import Submission
 from runtime.requests import Submit, TokenLogprobs, Tokens
 

@@ -9,6 +9,7 @@ import orjson
 from api.errors import Problem
 from api.logprobs import TokenNames, chat_logprobs
 from api.parse_events import ContentDelta, ToolArgumentsDelta, ToolCallStart
+from api.plain_text import PlainText
 from api.reader import Reader
 from api.responses_items import ResponsesItems
 from api.responses_schema import LOGPROBS, SEALED_REASONING, ResponsesBody
@@ -92,6 +93,8 @@ def _without_nulls(value: Any) -> Any:
 
 class ResponsesResponse:
     """Turns the one choice of a request into a response. `keep` is called with it once it is complete."""
+
+    plain: Sequence[PlainText] = ()
 
     def __init__(self, reader: Reader, shape: ResponsesShape, keep: Callable[[dict[str, Any]], None]) -> None:
         self._reader = reader

@@ -57,20 +57,25 @@ def visible_ids(tokens: Tokens, eos_id: int, rules: TextRules) -> Sequence[int]:
 class TextOutput:
     """A completion's state between steps."""
 
-    __slots__ = ("_detokenizer", "_eos_id", "_matcher", "_num_tokens", "_rules")
+    __slots__ = ("_detokenizer", "_eos_id", "_json_of", "_matcher", "_num_tokens", "_rules")
 
     def __init__(self, tokenizer: Tokenizer, rules: TextRules) -> None:
         self._rules = rules
         self._eos_id = tokenizer.eos_id
+        self._json_of = tokenizer.json_of
         self._detokenizer = Detokenizer(tokenizer, skip_special=rules.skip_special)
         self._matcher = StopMatcher(rules.stops, include_stop=rules.include_stop) if rules.stops else None
         self._num_tokens = 0
 
     in_reasoning = False
 
-    def plain(self, token_ids: Sequence[int]) -> str:
-        """Take a step in the middle that is nothing but whole characters. Empty: not taken, `feed` must."""
-        return self._detokenizer.plain(token_ids) if self._matcher is None else ""
+    @property
+    def plain_words(self) -> Sequence[bytes] | None:
+        """id -> JSON text of the tokens that would now be more text and nothing else, empty for others; None: none."""
+        return self._json_of if self._matcher is None and self._detokenizer.is_whole else None
+
+    def took(self, num_tokens: int) -> None:
+        """That many tokens were taken as `plain_words` has them, and not fed: nothing here depends on them."""
 
     def feed(self, tokens: Tokens) -> Piece:
         """The next step. Nothing may be fed after a piece with a finish reason."""

@@ -13,6 +13,7 @@ from api.context import CONTEXT, REQUEST_ID
 from api.errors import Problem
 from api.handoff import first_token_body, leg_of
 from api.logprobs import TokenNames, chat_logprobs, prompt_logprobs
+from api.plain_text import PlainText
 from api.reader import Reader
 from api.respond import now, respond
 from api.sampling import LogprobsWanted, check, check_logprobs, check_max_tokens, check_token_ids, stop_strings
@@ -121,6 +122,8 @@ class GenerateShape(msgspec.Struct, frozen=True, kw_only=True):
 
 class GenerateResponse:
     """The choices of a response, as ids."""
+
+    plain: Sequence[PlainText] = ()
 
     def __init__(self, reader: Reader, num_choices: int, shape: GenerateShape) -> None:
         self._reader = reader

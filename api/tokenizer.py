@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final, Self
 
+import orjson
 import tokenizers
 
 from api.ascii_words import AsciiWords
@@ -75,10 +76,15 @@ class Tokenizer:
         """The same without the special tokens, which are empty here."""
         for token_id in self.special_ids:
             self.visible_bytes_of[token_id] = b""
-        self.text_of = [_whole_text(token) for token in self.bytes_of]
-        """id -> its text, where that begins and ends with whole characters; empty for others and for control tokens."""
+        self.json_of = list(map(_in_json, self.bytes_of))
+        """id -> its text inside a JSON string, if that is whole characters; empty for others and for control tokens."""
         for token_id in self.added_ids:
-            self.text_of[token_id] = ""
+            self.json_of[token_id] = b""
+        self.prose_of = [
+            b"" if token.endswith((b"\n", b"<")) else text
+            for token, text in zip(self.bytes_of, self.json_of, strict=True)
+        ]
+        """The same without texts after which it is open what their end belongs to: a tool call may follow."""
         self._words = AsciiWords(self._encode_batch)
         self._cache = _PieceCache(cache_chars)
         self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="tokenizer")
@@ -212,11 +218,11 @@ def join_bytes(bytes_of: list[bytes], token_ids: Iterable[int]) -> bytes:
         return b"".join([bytes_of[token_id] for token_id in token_ids if token_id < len(bytes_of)])
 
 
-def _whole_text(token: bytes) -> str:
+def _in_json(token: bytes) -> bytes:
     try:
-        return token.decode()
+        return orjson.dumps(token.decode())[1:-1]
     except UnicodeDecodeError:
-        return ""
+        return b""
 
 
 class _PieceCache:

@@ -33,9 +33,11 @@ class Turn:
             self._schedule()
 
     def write(self, transport: asyncio.Transport, data: bytes) -> None:
-        """Write `data` at the end of the row of listeners that are being called."""
+        """Write `data` as soon as the row is full, and in the next turn of the event loop at the latest."""
         self._writes.append((transport, data))
-        if not self._is_scheduled:
+        if len(self._writes) >= ROW:
+            self._send()
+        elif not self._is_scheduled:
             self._schedule()
 
     def _schedule(self) -> None:
@@ -49,8 +51,6 @@ class Turn:
                 listener()
             except Exception:
                 log.exception("a listener failed")
-            if len(self._writes) >= ROW:
-                self._send()
         self._send()
         self._is_scheduled = False
         if self._due:

@@ -138,12 +138,12 @@ class StreamReader(asyncio.Protocol):
         now = time.monotonic()
         data = self._tail + data
         at = 0
-        while (found := data.find(self._key, at)) >= 0 and len(data) >= found + len(self._key) + 4:
-            at = found + len(self._key) + 4
-            text = data[at - 4 : at]
-            if text.isdigit():
-                self._delays_ms.append(added_ms(text, now))
-        self._tail = data[max(at, len(data) - 400) :]
+        while (found := data.find(self._key, at)) >= 0 and (end := data.find(b'"', found + len(self._key))) >= 0:
+            # Tokens that waited for a server which was late come as one text.
+            for place in range(found + len(self._key), end, 4):
+                self._delays_ms.append(added_ms(data[place : place + 4], now))
+            at = end
+        self._tail = data[max(at, len(data) - 400) :] if found < 0 else data[found:]
 
     def connection_lost(self, error: Exception | None) -> None:
         if not self._ended.done():

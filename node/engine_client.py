@@ -46,7 +46,7 @@ class NodeEngineClient:
         """`recompute`: a state whose source cannot be found is computed here instead."""
         self.info = info
         self._engines = engines
-        self._streams: dict[str, tuple[TokenQueue, EngineLink]] = {}
+        self._streams: dict[str, TokenQueue] = {}
         self._next_rank = info.process % max(1, len(engines))
         self._on_handover = on_handover
         self._resolver = Resolver()
@@ -77,7 +77,7 @@ class NodeEngineClient:
         if (reason := engine.trouble()) is not None:
             raise EngineError(f"request {request.request_id}: {reason}")
         stream = TokenQueue(request.request_id, self._abort, rank, path)
-        self._streams[request.request_id] = (stream, engine)
+        self._streams[request.request_id] = stream
         engine.send(msgspec.structs.replace(request, reader=self.info.process))
         return stream
 
@@ -92,8 +92,8 @@ class NodeEngineClient:
         return ReceiveState(transfer_id=wanted.transfer_id, source_address=address, source_epoch=epoch)
 
     def _abort(self, request_id: str) -> None:
-        _, engine = self._streams.pop(request_id)
-        engine.send(Abort(request_id))
+        stream = self._streams.pop(request_id)
+        self._engines[stream.rank].send(Abort(request_id))
 
     def release(self, transfer_id: str) -> None:
         """The router gave this transfer up. Which rank holds it is not known here, so every rank is told."""
@@ -118,26 +118,27 @@ class NodeEngineClient:
 
     def fail_all(self, reason: str, rank: int | None = None) -> None:
         """Every request ends with the reason, or every one on `rank`: nothing more will come for it."""
-        lost = [request_id for request_id, (_, engine) in self._streams.items() if rank in (None, engine.rank)]
-        for request_id in lost:
-            stream, _ = self._streams.pop(request_id)
-            stream.fail(EngineError(f"request {request_id}: {reason}"))
+        lost = [stream for stream in self._streams.values() if rank in (None, self._engines[stream.rank].rank)]
+        for stream in lost:
+            del self._streams[stream.request_id]
+            stream.fail(EngineError(f"request {stream.request_id}: {reason}"))
 
     def _on_message(self, message: FromEngine) -> None:
         # A request that is not known here any more was aborted; its last tokens were already on their way.
         match message:
             case StepOutput(outputs):
+                streams = self._streams
                 for tokens in outputs:
-                    if (entry := self._streams.get(tokens.request_id)) is not None:
+                    if (stream := streams.get(tokens.request_id)) is not None:
                         if tokens.finish_reason is not None:
-                            del self._streams[tokens.request_id]
-                        entry[0].push(tokens)
+                            del streams[tokens.request_id]
+                        stream.push(tokens)
             case RequestFailed():
-                if (entry := self._streams.pop(message.request_id, None)) is not None:
-                    entry[0].fail(failure(message))
+                if (stream := self._streams.pop(message.request_id, None)) is not None:
+                    stream.fail(failure(message))
             case Handover():
-                if (entry := self._streams.get(message.request_id)) is not None:
-                    entry[0].handed_over()
+                if (stream := self._streams.get(message.request_id)) is not None:
+                    stream.handed_over()
                 self._on_handover(message)
             case RankLost(rank, reason):
                 self.fail_all(reason, rank)

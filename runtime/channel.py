@@ -21,6 +21,7 @@ import zmq
 from runtime.errors import ProcessDied
 from runtime.replies import Replies
 from runtime.requests import FromEngine, ToEngine
+from runtime.steps import joined
 from runtime.token_ids import TokenIds
 
 
@@ -154,7 +155,10 @@ def announce(address: ChannelAddress, message: FromEngine, flush_s: float = 0.5)
 
 
 class NodeChannel:
-    """An API process's end, on the running event loop. `on_message` is called for every message, in order."""
+    """An API process's end, on the running event loop. `on_message` is called for every message, in order.
+
+    Steps that arrive together are one message.
+    """
 
     def __init__(self, address: ChannelAddress, on_message: Callable[[FromEngine], None], reader: int = 0) -> None:
         self._on_message = on_message
@@ -175,13 +179,17 @@ class NodeChannel:
         self._outbox.send(_encode(message))
 
     def _drain(self) -> None:
-        if self._inbox.closed:
-            return
+        if not self._inbox.closed:
+            for message in joined(self._arrived()):
+                self._on_message(message)
+
+    def _arrived(self) -> list[FromEngine]:
+        messages: list[FromEngine] = []
         try:
             while True:
-                self._on_message(_decode_from_engine(self._inbox.recv(zmq.NOBLOCK)))
+                messages.append(_decode_from_engine(self._inbox.recv(zmq.NOBLOCK)))
         except zmq.Again:
-            return
+            return messages
 
     def close(self, flush_s: float = 0.5) -> None:
         self._loop.remove_reader(self._fd)

@@ -42,13 +42,37 @@ async def test_messages_cross_in_order_and_the_child_ends_when_asked(tmp_path: P
     child, channel, messages = await started(tmp_path)
     for number in range(1000):
         channel.send(submit(number))
-    for number in range(1000):
+    answers: list[Tokens] = []
+    while len(answers) < 1000:
         answer = await asyncio.wait_for(messages.get(), 10)
         assert isinstance(answer, StepOutput)
-        assert answer.outputs[0].request_id == str(number)
-        assert len(answer.outputs[0].token_ids) == number
+        answers += answer.outputs
+    assert [(tokens.request_id, len(tokens.token_ids)) for tokens in answers] == [
+        (str(number), number) for number in range(1000)
+    ]
     channel.send(Shutdown())
     assert await asyncio.wait_for(child.died(), 10) == 0
+    channel.close()
+
+
+async def test_steps_that_waited_for_their_reader_arrive_as_one(tmp_path: Path) -> None:
+    address = ChannelAddress(str(tmp_path), 0)
+    messages: asyncio.Queue[FromEngine] = asyncio.Queue()
+    channel = NodeChannel(address, messages.put_nowait)
+    engine = EngineChannel(address)
+    for number in range(3):
+        engine.send(StepOutput((Tokens("a", (number,)), Tokens("b", (10 + number,)))))
+    engine.send(Drained(0))
+    engine.close()
+    time.sleep(0.2)  # noqa: ASYNC251 (the reader is busy)
+    got: list[FromEngine] = []
+    async with asyncio.timeout(10):
+        while Drained(0) not in got:
+            got.append(await messages.get())
+    steps = [message for message in got if isinstance(message, StepOutput)]
+    by_request = {name: [t.token_ids for s in steps for t in s.outputs if t.request_id == name] for name in "ab"}
+    assert {name: sum(ids, ()) for name, ids in by_request.items()} == {"a": (0, 1, 2), "b": (10, 11, 12)}
+    assert len(steps) < 3
     channel.close()
 
 

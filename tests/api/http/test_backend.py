@@ -7,7 +7,7 @@ import pytest
 
 from api.backend import TokenQueue, failure
 from api.generation import Generation
-from api.turn import Turn
+from api.turn import ROW, Turn
 from runtime.errors import EngineError, Overloaded, RequestError, TransferError
 from runtime.requests import RequestFailed, Tokens
 
@@ -58,6 +58,56 @@ async def test_a_subscriber_is_woken_at_once_for_what_is_there_already() -> None
     assert woken == [1]
     queue.push(tokens(2))
     assert woken == [1, 1]
+
+
+async def test_what_a_direct_reader_takes_is_not_queued_and_what_waits_is_not_overtaken() -> None:
+    queue = TokenQueue("r", lambda _: None)
+    offered: list[int] = []
+    woken: list[int] = []
+    takes = True
+
+    def direct(step: Tokens) -> bool:
+        offered.append(step.token_ids[0])
+        return takes
+
+    queue.push(tokens(0))
+    queue.subscribe(lambda: woken.append(1), direct)
+    queue.push(tokens(1))
+    assert (offered, len(woken)) == ([], 2)
+    assert [t.token_ids for t in queue.pending()] == [(0,), (1,)]
+    queue.push(tokens(2))
+    assert (offered, len(woken)) == ([2], 2)
+    assert not queue.pending()
+    takes = False
+    queue.push(tokens(3))
+    takes = True
+    queue.push(tokens(4))
+    assert (offered, len(woken)) == ([2, 3], 4)
+    assert [t.token_ids for t in queue.pending()] == [(3,), (4,)]
+    queue.push(tokens(5))
+    queue.subscribe(lambda: woken.append(1))
+    queue.push(tokens(6))
+    assert offered == [2, 3, 5]
+    assert [t.token_ids for t in queue.pending()] == [(6,)]
+
+
+@pytest.mark.parametrize("how", ["finished", "failed", "closed"])
+async def test_a_direct_reader_is_offered_nothing_after_the_end(how: str) -> None:
+    queue = TokenQueue("r", lambda _: None)
+    offered: list[Tokens] = []
+    queue.subscribe(lambda: None, lambda step: bool(offered.append(step)))
+    if how == "finished":
+        queue.push(tokens(1, "stop"))
+    elif how == "failed":
+        queue.fail(EngineError("x"))
+    else:
+        queue.close()
+    num_offered = len(offered)
+    queue.push(tokens(2))
+    if how == "finished":
+        assert len(queue.pending()) == 1
+        queue.push(tokens(3))
+    assert len(offered) == num_offered
 
 
 async def test_a_queue_can_be_iterated_to_its_end() -> None:
@@ -138,6 +188,16 @@ async def test_a_turn_reads_everything_before_it_writes_anything() -> None:
     turn.write(Pipe(log), b"alone")  # type: ignore[arg-type]
     await asyncio.sleep(0)
     assert log[5:] == ["alone"]
+
+
+async def test_a_turn_writes_in_rows() -> None:
+    log: list[str] = []
+    turn = Turn()
+    for _ in range(ROW + 1):
+        turn.write(Pipe(log), b"x")  # type: ignore[arg-type]
+    assert len(log) == ROW
+    await asyncio.sleep(0)
+    assert len(log) == ROW + 1
 
 
 async def test_a_listener_that_fails_takes_nothing_from_the_others(caplog: pytest.LogCaptureFixture) -> None:

@@ -2,6 +2,7 @@ import asyncio
 import json
 import time
 
+import orjson
 import pytest
 import tokenizers
 from hypothesis import example, given, settings
@@ -152,7 +153,11 @@ def test_detokenising_in_any_grouping_equals_decoding_the_whole(v4, reference, d
     texts, position = [], 0
     for size in [*groups, len(token_ids)]:
         group = token_ids[position : position + size]
-        texts.append(stream.plain(group) or stream.push(group))
+        if stream.is_whole and all(known := [v4.json_of[token_id] for token_id in group]):
+            # What needs no decoding: the decoder need not know of it.
+            texts.append(orjson.loads(b'"%b"' % b"".join(known)))
+        else:
+            texts.append(stream.push(group))
         position += size
     whole = "".join(texts) + stream.finish()
     assert whole == v4.decode(token_ids, skip_special=skip_special)
