@@ -14,6 +14,8 @@ read into them may still be in flight. The pool knows no torch and no clock; it 
 import enum
 from collections.abc import Iterable
 
+from engine.free_runs import FreeRuns
+
 
 class Use(enum.Enum):
     """Why ids are not free."""
@@ -54,8 +56,7 @@ class Pool:
             raise ValueError(f"a pool of {count} {kind}s")
         self.kind = kind
         self.count = count
-        # A stack whose top is the lowest id: fresh holdings are runs of neighbours, which move as one large read.
-        self._free = list(range(count - 1, -1, -1))
+        self._free = FreeRuns(count)
         self._live: dict[int, Holding] = {}
         self._counts = dict.fromkeys(Use, 0)
 
@@ -95,17 +96,13 @@ class Pool:
         """Free all ids of a holding and end it."""
         assert self._live.pop(id(holding), None) is holding, f"{holding} was given back twice"
         self._counts[holding.use] -= len(holding.ids)
-        self._free.extend(reversed(holding.ids))
+        self._free.give_back(holding.ids)
         holding.ids = []
 
     def _pop(self, owner: str, count: int) -> list[int]:
         if count > len(self._free):
             raise PoolExhausted(f"{owner}: {count} {self.kind}s wanted, {len(self._free)} of {self.count} free")
-        if not count:
-            return []
-        ids = self._free[: -count - 1 : -1]
-        del self._free[-count:]
-        return ids
+        return self._free.take(count)
 
     def check_integrity(self, holdings: Iterable[Holding] | None = None) -> None:
         """Audit: every id is free or held exactly once, the gauges are right, and `holdings` (if given: everything the
