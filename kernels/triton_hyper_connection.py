@@ -8,7 +8,8 @@ T tokens, S = 4 streams, D hidden (a multiple of 128), streams bf16. The seam be
 3. A program per token adds the parts, forms the four input weights and the normed input.
 4. A warp per 32 tokens runs Sinkhorn, one token a lane, all sixteen numbers in registers.
 
-Sums run in a fixed order: a token's results do not depend on timing, and on the batch only through the slice count.
+Sums run in an order that the number of features decides alone: a token's results depend neither on timing nor on the
+tokens beside it.
 Bound by memory: at decode all but the first launch find the streams in L2.
 """
 
@@ -21,12 +22,15 @@ from torch import Tensor
 
 from kernels.hyper_connection import HyperSettings, HyperWeights, Mix
 from kernels.triton_common import INTERPRET, dot_operand, reciprocal, sigmoid, to_bf16
-from kernels.triton_fp8_gemm import num_multiprocessors
 
 STREAMS = 4
 CHANNELS = 128
 COLUMNS = 32
 """Width of a partial product: 24 mixes (or 4), then the square sum, then nothing."""
+PROJECT_TOKENS = 64
+"""Of a program of the product. The same for few tokens, for which the tensor cores might add in another order."""
+MOST_SLICES = 32
+"""Of the features. More would occupy more multiprocessors with few tokens, and write more parts with many."""
 MIX_TOKENS = 32
 
 
@@ -204,14 +208,12 @@ def _halves_of(fn: Tensor) -> Tensor:
     return _halves[key][1]
 
 
-def _slices(num_tokens: int, features: int, device: torch.device) -> tuple[int, int]:
-    """(tokens a program takes, slices of features): about one program a multiprocessor."""
-    tokens = 64 if num_tokens > 16 else 16
-    blocks, steps = triton.cdiv(num_tokens, tokens), features // CHANNELS
-    slices = 1
-    while steps % (2 * slices) == 0 and blocks * slices < num_multiprocessors(device) - 8:
-        slices *= 2
-    return tokens, slices
+def _slices(features: int) -> int:
+    """How many parts a product is summed in: never more, or others, because of the number of tokens."""
+    slices = MOST_SLICES
+    while features // CHANNELS % slices:
+        slices //= 2
+    return slices
 
 
 def _check(streams: Tensor) -> None:
@@ -239,12 +241,12 @@ def _project(streams: Tensor, weights: HyperWeights) -> Tensor:
     """Second launch: partial products and square sums, float32 [slices, T, COLUMNS]."""
     _check(streams)
     num_tokens, features = streams.shape[0], streams.shape[1] * streams.shape[2]
-    tokens, slices = _slices(num_tokens, features, streams.device)
+    slices = _slices(features)
     parts = torch.empty(slices, num_tokens, COLUMNS, dtype=torch.float32, device=streams.device)
     if num_tokens:
-        _project_kernel[(triton.cdiv(num_tokens, tokens), slices)](
+        _project_kernel[(triton.cdiv(num_tokens, PROJECT_TOKENS), slices)](
             streams, _halves_of(weights.fn), parts, num_tokens, features, features // CHANNELS // slices,
-            NUM=weights.fn.shape[0], TOKENS=tokens, FEATURES=CHANNELS, COLUMNS=COLUMNS, INTERPRET=INTERPRET,
+            NUM=weights.fn.shape[0], TOKENS=PROJECT_TOKENS, FEATURES=CHANNELS, COLUMNS=COLUMNS, INTERPRET=INTERPRET,
             num_warps=4, num_stages=4,
         )  # fmt: skip
     return parts
