@@ -13,38 +13,31 @@ The transfer engine alone reads the same number of bytes as one contiguous buffe
 blocking call; one read, polled; cut into pieces that all connections share), alternating with the hand-offs in the same
 run on the same machine. Ratios of rates are medians over the rounds, so that a machine that is slower for a while is
 slower for both; the best way is that of the even rounds, the ratios are those of the odd ones, so that luck in choosing
-does not count. "scattered" pages lie in random order on both sides, "in order" they are neighbours. Figures are
-medians. Within a node one buffer is one copy, which says nothing about pages: there the rate of the reads counts.
+does not count. "in order" pages are neighbours on both sides, "scattered" ones lie in random order, and those "in use"
+are what an engine's pools hand out when states of all lengths have come and gone for long. Figures are medians. Within
+a node one buffer is one copy, which says nothing about pages: there the rate of the reads counts.
 """
 
 import argparse
-import json
 import random
 import statistics
-import subprocess
 import sys
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import msgspec
 import torch
 
 from benchmarks.busy_steps import BusySteps
-from engine.pool_bytes import PoolBytes
-from kv_transfer.agent import TransferAgent
-from kv_transfer.agent_events import AgentEvent, Received, ReceiveFailed, SendEnded
+from benchmarks.handoff_sides import Rank, Source, serve
+from benchmarks.used_pool import UsedPool
+from kv_transfer.agent_events import Received, ReceiveFailed
 from kv_transfer.config import TransferConfig
-from kv_transfer.format import StateFormat
 from kv_transfer.mooncake import MooncakeEngine, ReadHandle, ReadState
 from kv_transfer.pieces import Piece, merge_and_split
-from kv_transfer.regions import MemoryRegion
-from model.presets import PRESETS
-from model.state_layout import build_state_layout
 
 LIMIT = 0.9
 NODE_GBPS, NODE_TOKENS = 120.0, 8192
@@ -54,102 +47,9 @@ WARM_UP = 6
 NAP_S = 0.0003
 PROMPT_S = 0.005
 """How long a prompt takes here: the claim has arrived long before its end."""
-
-
-class Rank:
-    """One side: pools of Flash's sizes, an agent, and a bare engine over the same memory for the comparison."""
-
-    def __init__(self, config: TransferConfig, num_pages: int, device: str) -> None:
-        layout = build_state_layout(PRESETS["flash"](), row_format="fp8", index_format="mxfp4")
-        self.format = StateFormat(
-            model_fingerprint="flash",
-            layout=msgspec.to_builtins(layout),
-            page_bytes=layout.page_bytes,
-            slot_bytes=layout.slot_bytes,
-            page_tokens=layout.page_tokens,
-        )
-        # One slot's worth more than the pages, so that a whole state is also one contiguous buffer.
-        num_bytes = num_pages * layout.page_bytes + 2 * layout.slot_bytes
-        self._memory = torch.full((num_bytes,), 7, dtype=torch.uint8, device=device)
-        if self._memory.is_cuda:
-            torch.cuda.set_device(self._memory.device)
-            torch.cuda.synchronize()
-        self.device = self._memory.device
-        base = self._memory.data_ptr()
-        self.pages = MemoryRegion(base, layout.page_bytes, num_pages)
-        self.slots = MemoryRegion(base + self.pages.num_bytes, layout.slot_bytes, 2)
-        self._event = threading.Event()
-        self.agent = TransferAgent(
-            config, self.format, pages=self.pages, slots=self.slots, rank=0, wake=self._event.set,
-            memory=PoolBytes(self._memory),
-        )  # fmt: skip
-        self.agent.start()
-        self.bare = MooncakeEngine(config, (MemoryRegion(base, num_bytes, 1),))
-        self.base_address = base
-
-    def next_event(self, kind: type[AgentEvent]) -> AgentEvent:
-        """Waits for the next event, which must be of this kind."""
-        while not (events := self.agent.poll()):
-            self._event.wait(10.0)
-            self._event.clear()
-        if not isinstance(events[0], kind) or len(events) > 1:
-            raise SystemExit(f"unexpected: {events}")
-        return events[0]
-
-
-def serve(config: TransferConfig, num_pages: int, device: str) -> None:
-    """The prefill side. Lines on stdin: [transfer id, number of tokens] admits a prompt, [transfer id, pages] finishes
-    it; the answer to the latter, after the state was fetched, is when it was finished, seconds of the common clock.
-    """
-    rank = Rank(config, num_pages, device)
-    facts = {
-        "address": rank.agent.address,
-        "epoch": rank.agent.epoch,
-        "session_id": rank.bare.session_id,
-        "base_address": rank.base_address,
-    }
-    print(json.dumps(facts), flush=True)
-    for line in sys.stdin:
-        transfer_id, what = json.loads(line)
-        done_at = 0.0
-        if isinstance(what, int):
-            rank.agent.open_send(transfer_id, what, b"hash")
-        else:
-            done_at = time.monotonic()
-            rank.agent.publish_ready(transfer_id, what, 0, b"token")
-            rank.next_event(SendEnded)
-        print(json.dumps(done_at), flush=True)
-    rank.agent.stop()
-
-
-class Source:
-    """The parent's end of the process that serves states."""
-
-    def __init__(self, arguments: Sequence[str]) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.handoff", "--serve", *arguments],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        self.facts = self.line()
-
-    def line(self) -> Any:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            raise SystemExit(f"the serving process ended with {self._process.wait()}")
-        return json.loads(line)
-
-    def tell(self, transfer_id: str, what: int | Sequence[int]) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps([transfer_id, what]) + "\n")
-        self._process.stdin.flush()
-
-    def stop(self) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait(20)
+ORDERS = ("in order", "in use", "scattered")
+POOL_STATES = {"cpu": 2, "cuda": 16}
+"""States of the largest size that a pool holds."""
 
 
 def read_blocking(bare: MooncakeEngine, session_id: str, piece: Piece) -> None:
@@ -186,7 +86,7 @@ class Row:
     """Seconds of every round."""
 
     num_tokens: int
-    scattered: bool
+    order: str
     num_bytes: int
     best: str
     totals: list[float]
@@ -200,7 +100,7 @@ class Row:
     def text(self) -> str:
         total, reads, bare = (statistics.median(seconds) for seconds in (self.totals, self.reads, self.bare))
         return (
-            f"{self.num_tokens:>7} {'scattered' if self.scattered else 'in order':>9} {self.num_bytes / 1e6:>8.1f} "
+            f"{self.num_tokens:>7} {self.order:>9} {self.num_bytes / 1e6:>8.1f} "
             f"{1e3 * total:>8.2f} {1e3 * reads:>8.2f} {self.num_bytes / reads / 1e9:>6.2f} "
             f"{1e3 * bare:>8.2f} {self.num_bytes / bare / 1e9:>6.2f} {self.best:>9} "
             f"{self.ratio(self.reads):>6.2f} {self.ratio(self.totals):>6.2f}"
@@ -213,16 +113,21 @@ class Bench:
         self._rank = rank
         self._source = source
         self._transfers = 0
+        count = rank.pages.count
+        self._used = [UsedPool(count, max(1, count // POOL_STATES["cuda"])) for _ in range(2)]
 
-    def hand_off(self, num_tokens: int, scattered: bool) -> tuple[float, Received]:
+    def hand_off(self, num_tokens: int, order: str) -> tuple[float, Received]:
         """(seconds from the end of the prompt to the event, the event) of one state."""
         rank, facts = self._rank, self._source.facts
         count = rank.format.num_pages(num_tokens)
-        first = random.randint(0, rank.pages.count - count)
-        theirs = mine = list(range(first, first + count))
-        if scattered:
-            theirs = random.sample(range(rank.pages.count), count)
-            mine = random.sample(range(rank.pages.count), count)
+        match order:
+            case "in order":
+                first = random.randint(0, rank.pages.count - count)
+                theirs = mine = list(range(first, first + count))
+            case "in use":
+                theirs, mine = (pool.take(count) for pool in self._used)
+            case _:
+                theirs, mine = (random.sample(range(rank.pages.count), count) for _ in self._used)
         self._transfers += 1
         transfer_id = f"{self._transfers:032x}"
         self._source.tell(transfer_id, num_tokens)
@@ -254,14 +159,14 @@ class Bench:
             "in pieces": lambda: read_pieces(bare, session_id, parts(), self._config.window),
         }
 
-    def row(self, num_tokens: int, scattered: bool, rounds: int) -> Row:
+    def row(self, num_tokens: int, order: str, rounds: int) -> Row:
         pages = self._rank.format.num_pages(num_tokens)
         num_bytes = pages * self._rank.pages.stride_bytes + self._rank.slots.stride_bytes
         ways = self.bare_ways(num_bytes)
         bare_s: dict[str, list[float]] = {name: [] for name in ways}
         totals, reads = [], []
         for round_number in range(2 * rounds + WARM_UP):
-            took, event = self.hand_off(num_tokens, scattered)
+            took, event = self.hand_off(num_tokens, order)
             bare_now = {name: timed(way) for name, way in ways.items()}
             if round_number >= WARM_UP:
                 totals.append(took)
@@ -269,7 +174,7 @@ class Bench:
                 for name, seconds in bare_now.items():
                     bare_s[name].append(seconds)
         best = min(ways, key=lambda name: statistics.median(bare_s[name][::2]))
-        return Row(num_tokens, scattered, num_bytes, best, totals[1::2], reads[1::2], bare_s[best][1::2])
+        return Row(num_tokens, order, num_bytes, best, totals[1::2], reads[1::2], bare_s[best][1::2])
 
 
 def holds(rows: Sequence[Row]) -> bool:
@@ -298,7 +203,8 @@ def main() -> int:
     options = parser.parse_args()
     settings = dict(pair.split("=", 1) for pair in options.set)
     config = msgspec.convert(settings, TransferConfig, strict=False)
-    num_pages = 2 * max(-(-tokens // 256) for tokens in options.tokens)
+    kind = torch.device(options.device).type
+    num_pages = POOL_STATES[kind] * max(-(-tokens // 256) for tokens in options.tokens)
     if options.serve:
         serve(config, num_pages, options.device)
         return 0
@@ -311,8 +217,9 @@ def main() -> int:
     rows = []
     with steps or nullcontext():
         for num_tokens in options.tokens:
-            for scattered in (False, True):
-                row = bench.row(num_tokens, scattered, options.rounds)
+            # Over sockets reads are cut to pieces of less than a page: what lies between makes no difference.
+            for order in ORDERS if kind == "cuda" else (ORDERS[0], ORDERS[2]):
+                row = bench.row(num_tokens, order, options.rounds)
                 print(row.text, flush=True)
                 rows.append(row)
     if steps is not None:
