@@ -41,8 +41,8 @@ TRITON_KERNEL = re.compile(r"@triton\.jit(?:\([^)]*\))?\s+def (_\w+_kernel)\(")
 BARRIERS = 64
 """Of a CTA, at most. Checkers count declarations, of which there are none where shared memory is laid out by hand."""
 HEAD = re.compile(r"^=+ (?=\S)")
-LAUNCH = re.compile(r"Launch #\d+")
-SKIPPED = re.compile(r"excluded|not in include|skipped|filtered|above limit")
+LAUNCH = re.compile(r"Launch #\d+$")
+"""Of a launch that was checked: behind another's number it says why it was not."""
 NO_REPORT = re.compile(r"COMPUTE-SANITIZER|\w+ SUMMARY: |Target application returned an error|Launch #")
 CHANGING = re.compile(r"by thread.*|in block.*|Address 0x\w+.*|address 0x\w+.*|\[\d+ hazards?\]|#\d+|and is .*")
 VERDICT = re.compile(r"^.*(?:passed|failed|errors?).* in [\d.]+s.*$", re.MULTILINE)
@@ -120,12 +120,10 @@ PARTS = {
     "seam": Part(
         ("cuda/hyper_seam",),
         ("hyper_connection",),
-        "(seam_in_one and (1-1024 or 65-1024 or 257-1024)) or matches_pre[1] or matches_pre[65] or logits_become",
+        "(hopper_matches_post and 1024) or hopper_matches_pre[1] or hopper_matches_pre[65]",
     ),
-    "seam-tiles": Part(("cuda/hyper_seam",), ("hyper_connection",), "alone_and_among", "^hyper_seam", large=True),
-    "hyper-triton": Part(
-        ("triton_hyper_connection",), ("hyper_connection",), "not one_launch and not logits and not among"
-    ),
+    "seam-divisions": Part(("cuda/hyper_seam",), ("hyper_connection",), "any_others", large=True),
+    "hyper-triton": Part(("triton_hyper_connection",), ("hyper_connection",), "not hopper and not any_others"),
     "index-query": Part(
         ("cuda/index_query", "cuda/top_entries"),
         ("index_hopper",),
@@ -141,7 +139,7 @@ PARTS = {
         ("index_kernels",),
         "not released_size and not long_rows",
     ),
-    "wide": Part(("cuda/wide_gemm",), ("wide_linear",), "alone_and_among", large=True),
+    "wide": Part(("cuda/wide_gemm",), ("wide_linear",), "among_others[40"),
     "inputs": Part(("triton_attention_inputs", "triton_rows"), ("attention_inputs", "rows"), "not released_size"),
     "compressors": Part(("triton_compressor",), ("compressor_kernels",), "not released_size"),
     "elementwise": Part(
@@ -175,7 +173,7 @@ class Outcome:
 
 def options_of(tool: str, part: Part, known: str) -> list[str]:
     """What the checker is told. `known`: its own help, for older ones know less."""
-    options = ["--tool", tool, "--print-limit", "60", "--show-backtrace", "no"]
+    options = ["--tool", tool, "--print-limit", "0", "--show-backtrace", "no"]
     if tool != "initcheck":  # which must see the writes of all
         options += [word for name in part.kernels() for word in ("--kernel-name", f"kns={name}")]
     if tool in ("racecheck", "synccheck"):
@@ -224,15 +222,19 @@ def read_log(said: str, kernels: Iterable[str], outcome: Outcome) -> None:
             records.append([HEAD.sub("", line)])
         elif records and line.strip("= "):
             records[-1].append(line.lstrip("=").strip())
-    for record in records:
-        text = "\n".join(record)
-        name = next((kernel for kernel in kernels if re.search(rf"\b{kernel}\b", text)), "")
-        if LAUNCH.match(text):
-            if name and not SKIPPED.search(text):
-                outcome.launches[name] += 1
-        elif not NO_REPORT.match(text):
-            lines = (CHANGING.sub("", line).strip() for line in record)
-            outcome.reports[name, "\n    ".join(line for line in lines if line)] += 1
+    for head, *rest in records:
+        if LAUNCH.match(head):
+            outcome.launches.update(name for name in kernels if any(is_launch_of(name, line) for line in rest))
+        elif not NO_REPORT.match(head):
+            lines = (CHANGING.sub("", line).strip() for line in (head, *rest))
+            text = "\n    ".join(line for line in lines if line)
+            name = next((kernel for kernel in kernels if re.search(rf"\b{kernel}\b", text)), "")
+            outcome.reports[name, text] += 1
+
+
+def is_launch_of(kernel: str, line: str) -> bool:
+    """Names are mangled there; Triton's are plain."""
+    return line == f"Kernel: {kernel}" or (line.startswith("Kernel: _Z") and f"{len(kernel)}{kernel}" in line)
 
 
 def table(outcomes: Sequence[Outcome]) -> Iterable[str]:

@@ -10,16 +10,22 @@ from kernels.wide_linear import wide_linear
 
 
 def test_the_channels_are_cut_the_same_way_for_every_number_of_rows():
+    assert [parts_of(outputs, channels) for _, outputs, channels in SMALL] == [8, 4, 2, 1]
     assert [parts_of(outputs, 4096) for outputs in (256, 1024, 2624, 129_280)] == [8, 4, 2, 1]
     assert [parts_of(256, channels) for channels in (64, 128, 192, 1024)] == [1, 2, 1, 8]
     for outputs in (1, 256, 129_280):
         assert [tile_for(rows, outputs).tokens for rows in (1, 16, 17, 64, 1024)] == [16, 16, 64, 64, 256]
 
 
+BIG = [(1024, 256, 4096), (1024, 1024, 4096), (1024, 2624, 4096), (1024, 200, 640), (1024, 1, 64)]
+SMALL = [(40, 64, 512), (40, 576, 256), (40, 2112, 128), (40, 8320, 64)]
+"""Of every way to cut the channels."""
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize(("outputs", "channels"), [(256, 4096), (1024, 4096), (2624, 4096), (200, 640), (1, 64)])
-def test_a_row_is_the_same_alone_and_among_others(generator, device, outputs, channels):
-    x = torch.randn(1024, channels + 8, generator=generator, device=device).bfloat16()[:, 8:]
+@pytest.mark.parametrize(("rows", "outputs", "channels"), BIG + SMALL)
+def test_a_row_is_the_same_alone_and_among_others(generator, device, rows, outputs, channels):
+    x = torch.randn(rows, channels + 8, generator=generator, device=device).bfloat16()[:, 8:]
     weight = torch.randn(outputs, channels, generator=generator, device=device).bfloat16()
     everything = wide_linear_gpu(x, weight)
     expected = x.double() @ weight.double().T
@@ -27,8 +33,8 @@ def test_a_row_is_the_same_alone_and_among_others(generator, device, outputs, ch
     for tile in (Tile(16, 1), Tile(64, 1), Tile(128, 1), Tile(256, 1), Tile(128, 2), Tile(256, 2)):
         assert torch.equal(wide_linear_gpu(x, weight, tile=tile), everything)
     for count in (1, 7, 16, 17, 65, 257):
-        for rows in (slice(0, count), slice(-count, None)):
-            assert torch.equal(wide_linear(x[rows], weight), everything[rows])
+        for part in (slice(0, count), slice(-count, None)):
+            assert torch.equal(wide_linear(x[part], weight), everything[part])
 
 
 @pytest.mark.gpu
