@@ -2,7 +2,8 @@
 
 T tokens, H heads, D channels (64 rotary), W window rows, K listed entries. A program takes one token and all its heads,
 so that every row is fetched and dequantised once, and walks the window, then the list, in blocks of keys; one online
-softmax. Where tokens do not fill the GPU the keys are split over programs and a second launch joins the parts.
+softmax. Blocks beyond PART_BLOCKS go to further programs, and a second launch joins the parts: a token's own number of
+keys decides that, so that its sums are the same in every batch.
 
 Row formats: kv_fp8 (e4m3 in blocks of 64 channels with an E8M0 byte each, bf16 rotary channels) and bf16. Products run
 in bf16, where dequantised rows are exact; softmax in float32; weights become bf16 before they are divided by their sum.
@@ -21,13 +22,13 @@ from torch import Tensor
 from kernels.batch_index import BatchIndex
 from kernels.packed_rows import PackedRows
 from kernels.triton_common import INTERPRET, dot_operand, from_exponent_byte, power_of_two_scale, to_bf16, to_e4m3
-from kernels.triton_fp8_gemm import num_multiprocessors
 from kernels.triton_rows import rotate
 
 CHANNEL_BLOCK = 64
 BLOCK_KEYS = 32
 LOG2E = 1.4426950408889634
-MAX_SPLITS = 8
+PART_BLOCKS = 64
+"""Blocks of keys that one program takes."""
 
 
 @triton.jit
@@ -74,17 +75,27 @@ def _attention_kernel(
     num_heads, num_selected, ratio, rows_per_page, logit_scale, stride_q, stride_pages, stride_selected,
     stride_slot, stride_slot_scales, stride_row, stride_row_scales, stride_chunk_row, stride_chunk_scales,
     stride_page, stride_page_scales, stride_entry, stride_entry_scales,
-    WINDOW: tl.constexpr, HEADS: tl.constexpr, BLOCKS: tl.constexpr, KEYS: tl.constexpr, SPLITS: tl.constexpr,
+    splits, part_blocks,
+    WINDOW: tl.constexpr, HEADS: tl.constexpr, BLOCKS: tl.constexpr, KEYS: tl.constexpr, DIVIDED: tl.constexpr,
     FP8: tl.constexpr, EVERY: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     token, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     width: tl.constexpr = BLOCKS * 64
+    position = tl.load(positions + token).to(tl.int32)
+    window_blocks: tl.constexpr = (WINDOW + KEYS - 1) // KEYS
+    if EVERY:
+        num_selected = (position + 1) // ratio
+    blocks = window_blocks + tl.cdiv(num_selected, KEYS)
+    start = split * part_blocks
+    if start >= blocks:
+        return  # others in the batch have more keys
+    stop = min(blocks, start + part_blocks)
+
     head, channel = tl.arange(0, HEADS), tl.arange(0, width)
     inside = (head < num_heads)[:, None]
     query = tl.load(q + token * stride_q + head[:, None] * width + channel[None, :], mask=inside, other=0.0)
     query = dot_operand(query, INTERPRET)
     request = tl.load(requests + token).to(tl.int64)
-    position = tl.load(positions + token).to(tl.int32)
     context = tl.load(context_len + request)
     first_row = tl.load(query_start + request) - context
     slot = tl.load(slot_ids + request).to(tl.int64)
@@ -93,11 +104,6 @@ def _attention_kernel(
     top = tl.full((HEADS,), -1.0e30, tl.float32)
     norm = tl.zeros((HEADS,), tl.float32)
     total = tl.zeros((HEADS, width), tl.float32)
-    window_blocks: tl.constexpr = (WINDOW + KEYS - 1) // KEYS
-    if EVERY:
-        num_selected = (position + 1) // ratio
-    blocks = window_blocks + tl.cdiv(num_selected, KEYS)
-    start, stop = split * blocks // SPLITS, (split + 1) * blocks // SPLITS
 
     for block in range(min(start, window_blocks), min(stop, window_blocks)):
         step = block * KEYS + tl.arange(0, KEYS)
@@ -133,15 +139,15 @@ def _attention_kernel(
         keys = _load_keys(entries, entry_rotary, entry_scales, place, scale_place, valid, BLOCKS, FP8, INTERPRET)
         top, norm, total = _attend(query, keys, valid, top, norm, total, logit_scale, INTERPRET)
 
-    if SPLITS == 1:
+    if blocks <= part_blocks:
         sunk = tl.load(sink + head, mask=head < num_heads, other=0.0) * 1.4426950408889634
         final = tl.maximum(top, sunk)
         shrink = tl.exp2(top - final)
         norm = norm * shrink + tl.exp2(sunk - final)
         result = to_bf16(total * (shrink / norm)[:, None], INTERPRET)
         tl.store(output + (token * num_heads + head[:, None]) * width + channel[None, :], result, mask=inside)
-    else:
-        part = (token * SPLITS + split) * num_heads + head
+    elif DIVIDED:
+        part = (token * splits + split) * num_heads + head
         tl.store(parts + part[:, None] * width + channel[None, :], total, mask=inside)
         tl.store(part_tops + part, top, mask=head < num_heads)
         tl.store(part_norms + part, norm, mask=head < num_heads)
@@ -230,16 +236,6 @@ def _views(pool: PackedRows) -> tuple[Tensor, Tensor, Tensor]:
     raise ValueError(f"{pool.format} rows: the attention kernel reads kv_fp8 and bf16")
 
 
-def splits_for(num_tokens: int, num_keys: int, device: torch.device) -> int:
-    """Parts of the key list: enough programs for the GPU, and at least four blocks of keys in each."""
-    splits = 1
-    while 2 * splits <= MAX_SPLITS and num_tokens * 2 * splits <= num_multiprocessors(device) and (
-        num_keys // BLOCK_KEYS >= 8 * splits
-    ):  # fmt: skip
-        splits *= 2
-    return splits
-
-
 def entries_of(
     entries: PackedRows | None, selected_TK: Tensor | None, window: PackedRows, num_tokens: int
 ) -> tuple[PackedRows, Tensor, bool]:
@@ -263,9 +259,9 @@ def sparse_attention_triton(
     entries: PackedRows | None = None,
     selected_TK: Tensor | None = None,
     ratio: int = 0,
-    splits: int | None = None,
+    part_blocks: int = PART_BLOCKS,
 ) -> Tensor:
-    """kernels.sparse_attention.sparse_attention for bf16 queries. `splits` is for tests and benches."""
+    """kernels.sparse_attention.sparse_attention for bf16 queries. `part_blocks` is for tests."""
     num_tokens, num_heads, width = q_THD.shape
     blocks = width // CHANNEL_BLOCK
     if q_THD.dtype != torch.bfloat16 or width % CHANNEL_BLOCK or blocks & (blocks - 1):
@@ -279,8 +275,8 @@ def sparse_attention_triton(
     entries, listed, every = entries_of(entries, selected_TK, window, num_tokens)
     rows_per_page = index.page_tokens // ratio if ratio else 1
     most = index.page_table.shape[1] * rows_per_page if every else listed.shape[1]
-    if splits is None:
-        splits = splits_for(num_tokens, window.rows + most, device)
+    window_blocks = triton.cdiv(window.rows, BLOCK_KEYS)
+    splits = triton.cdiv(window_blocks + triton.cdiv(most, BLOCK_KEYS), part_blocks)
     ring, ring_rotary, ring_scales = _views(window)
     new, _, new_scales = _views(chunk)
     table, table_rotary, table_scales = _views(entries)
@@ -297,10 +293,14 @@ def sparse_attention_triton(
         scale * LOG2E, q_THD.stride(0), index.page_table.stride(0), listed.stride(0),
         ring.stride(0), ring_scales.stride(0), ring.stride(1), ring_scales.stride(1), new.stride(1),
         new_scales.stride(1), table.stride(0), table_scales.stride(0), table.stride(1), table_scales.stride(1),
+        splits, part_blocks,
         WINDOW=window.rows, HEADS=max(16, triton.next_power_of_2(num_heads)), BLOCKS=blocks, KEYS=BLOCK_KEYS,
-        SPLITS=splits, FP8=window.format == "kv_fp8", EVERY=every, INTERPRET=INTERPRET,
+        DIVIDED=splits > 1, FP8=window.format == "kv_fp8", EVERY=every, INTERPRET=INTERPRET,
         num_warps=8 if width > 128 else 4, num_stages=2,
     )  # fmt: skip
     if splits > 1:
-        join_parts(parts, tops, norms, sink_H, output, norms[0], None)
+        division = Division(
+            index.positions_T, BLOCK_KEYS, window_blocks, listed.shape[1], max(1, ratio) if every else 0, part_blocks
+        )
+        join_parts(parts, tops, norms, sink_H, output, norms[0], None, division)
     return output

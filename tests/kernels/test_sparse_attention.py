@@ -14,7 +14,7 @@ from kernels.rope import rope_angles
 from kernels.sparse_attention import sparse_attention_for_fp8, sparse_attention_ref
 from kernels.triton_quantize import scale_stride
 from kernels.triton_rotary import inverse_rope_quantize
-from kernels.triton_sparse_attention import Division, join_parts, sparse_attention_triton, splits_for
+from kernels.triton_sparse_attention import PART_BLOCKS, Division, join_parts, sparse_attention_triton
 
 PAGE_TOKENS, RATIO = 32, 4
 
@@ -89,14 +89,14 @@ BATCHES = {
 }
 
 
-@pytest.mark.parametrize("splits", [1, 4])
+@pytest.mark.parametrize("blocks", [PART_BLOCKS, 2], ids=["whole", "in parts"])
 @pytest.mark.parametrize("form", ["kv_fp8", "bf16"])
 @pytest.mark.parametrize("batch", BATCHES.values(), ids=BATCHES.keys())
-def test_attention_matches_the_reference(generator, device, batch, form, splits):
+def test_attention_matches_the_reference(generator, device, batch, form, blocks):
     query, chunk, ring, sink, index, entries, selected = _case(
         generator, device, batch, heads=5, width=128, window=16, listed=40, form=form
     )
-    got = sparse_attention_triton(query, chunk, ring, sink, index, 128**-0.5, entries, selected, RATIO, splits)
+    got = sparse_attention_triton(query, chunk, ring, sink, index, 128**-0.5, entries, selected, RATIO, blocks)
     expected = sparse_attention_ref(query.float(), chunk, ring, sink, index, 128**-0.5, entries, selected, RATIO)
     assert got.shape == query.shape
     assert _relative(got, expected) < 6e-3
@@ -110,13 +110,13 @@ def test_a_layer_without_entries_attends_to_its_window(generator, device):
     assert _relative(got, sparse_attention_ref(query.float(), chunk, ring, sink, index, 0.1)) < 6e-3
 
 
-@pytest.mark.parametrize("splits", [1, 4])
+@pytest.mark.parametrize("blocks", [PART_BLOCKS, 1], ids=["whole", "in parts"])
 @pytest.mark.parametrize("form", ["kv_fp8", "bf16"])
-def test_without_a_list_every_visible_entry_counts(generator, device, form, splits):
+def test_without_a_list_every_visible_entry_counts(generator, device, form, blocks):
     query, chunk, ring, sink, index, entries, _ = _case(
         generator, device, [(150, 1), (0, 5), (33, 2), (2, 1)], heads=4, width=128, window=8, listed=0, form=form
     )
-    got = sparse_attention_triton(query, chunk, ring, sink, index, 0.1, entries, None, RATIO, splits)
+    got = sparse_attention_triton(query, chunk, ring, sink, index, 0.1, entries, None, RATIO, blocks)
     visible = all_entries(index, RATIO)
     expected = sparse_attention_ref(query.float(), chunk, ring, sink, index, 0.1, entries, visible, RATIO)
     assert _relative(got, expected) < 6e-3
@@ -126,18 +126,28 @@ def test_without_a_list_every_visible_entry_counts(generator, device, form, spli
     )
 
 
-def test_a_token_does_not_depend_on_its_batch(generator, device):
+@pytest.mark.parametrize("every", [False, True], ids=["listed", "every"])
+def test_a_token_does_not_depend_on_its_batch(generator, device, every):
+    """Of parts of two blocks it has two, the longest of its batch four."""
     query, chunk, ring, sink, index, entries, selected = _case(
-        generator, device, [(50, 1), (90, 1), (3, 1)], heads=4, width=128, window=16, listed=24, form="kv_fp8"
+        generator,
+        device,
+        [(50, 1), (240, 1), (700, 1), (3, 1)],
+        heads=4,
+        width=128,
+        window=16,
+        listed=60,
+        form="kv_fp8",
     )
-    whole = sparse_attention_triton(query, chunk, ring, sink, index, 0.1, entries, selected, RATIO, 1)
+    chosen = (lambda tokens: None) if every else selected.__getitem__
+    whole = sparse_attention_triton(query, chunk, ring, sink, index, 0.1, entries, chosen(slice(None)), RATIO, 2)
     one = BatchIndex(
         token_request_T=index.token_request_T[:1],
         positions_T=index.positions_T[1:2],
         query_start=index.query_start[:2],
         context_len_B=index.context_len_B[1:2],
         slot_ids_B=index.slot_ids_B[1:2],
-        page_table=index.page_table[1:2],
+        page_table=index.page_table[1:2, :8],
         page_tokens=PAGE_TOKENS,
     )
     first = ring.like(1)
@@ -145,15 +155,8 @@ def test_a_token_does_not_depend_on_its_batch(generator, device):
     assert first.scales is not None
     assert chunk.scales is not None
     first.scales.copy_(chunk.scales[:, 1:2])
-    alone = sparse_attention_triton(query[1:2], first, ring, sink, one, 0.1, entries, selected[1:2], RATIO, 1)
+    alone = sparse_attention_triton(query[1:2], first, ring, sink, one, 0.1, entries, chosen(slice(1, 2)), RATIO, 2)
     assert torch.equal(alone[0], whole[1])
-
-
-def test_few_tokens_are_split_and_many_are_not():
-    cpu = torch.device("cpu")
-    assert splits_for(1, 640, cpu) == 2
-    assert splits_for(2, 640, cpu) == 1
-    assert splits_for(1, 128, cpu) == 1
 
 
 @pytest.mark.parametrize(("entries", "window", "parts"), [(0, 128, 1), (512, 128, 1), (1920, 128, 1), (1921, 128, 2)])
@@ -335,13 +338,13 @@ def test_a_token_of_the_hopper_kernels_does_not_depend_on_its_batch(generator, d
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("splits", [1, 8])
+@pytest.mark.parametrize("blocks", [PART_BLOCKS, 3], ids=["whole", "in parts"])
 @pytest.mark.parametrize("batch", LARGE.values(), ids=LARGE.keys())
-def test_the_triton_kernel_matches_at_the_released_size(generator, device, batch, splits):
+def test_the_triton_kernel_matches_at_the_released_size(generator, device, batch, blocks):
     query, chunk, ring, sink, index, entries, selected = _case(
         generator, device, batch, heads=64, width=512, window=128, listed=512, form="kv_fp8"
     )
     for chosen in (selected, None):
-        got = sparse_attention_triton(query, chunk, ring, sink, index, 512**-0.5, entries, chosen, RATIO, splits)
+        got = sparse_attention_triton(query, chunk, ring, sink, index, 512**-0.5, entries, chosen, RATIO, blocks)
         expected = sparse_attention_ref(query.float(), chunk, ring, sink, index, 512**-0.5, entries, chosen, RATIO)
         assert _relative(got, expected) < 6e-3
