@@ -67,7 +67,9 @@ class _Sent:
 
     def through(self, compute: ExpertCompute, shared_TD: Tensor) -> Tensor:
         sums = compute(*unpack_rows(self.rows_UW, self.layout))
-        return add_sums(sums[None, : self.num_tokens], shared_TD)
+        total_TD = torch.empty_like(shared_TD)
+        add_sums(sums[None, : self.num_tokens], shared_TD, total_TD)
+        return total_TD
 
 
 class Arriving:

@@ -199,7 +199,7 @@ def _exchange() -> None:
     layout = RowFormat(4096, 6, BF16, quantised=True)
     tokens, routing = torch.zeros(2, 4096, dtype=BF16), torch.zeros(2, 6, dtype=torch.int64)
     arrived = unpack_rows(pack_rows_gpu(tokens, routing, routing.float(), layout, 4, 256), layout)
-    add_sums_gpu(torch.empty(4, 4, tokens.shape[1]), tokens)
+    add_sums_gpu(torch.empty(4, 4, tokens.shape[1]), tokens, torch.empty_like(tokens))
     for many in (False, True):
         rows = sort_by_expert(routing.repeat(256, 1) if many else routing, 64, 64)
     for x, weights in ((tokens, routing.float()), (arrived[0], arrived[2])):

@@ -87,13 +87,14 @@ class InFlight:
             mine = compute(*unpack_rows(gathered, self._layout), dtype=self._sums)
             ours = torch.empty_like(mine)
             sums.append((ours, self._group.all_to_all(ours, mine), mine))
-        totals, begin = [], 0
+        total_TD, begin = torch.empty_like(shared_TD), 0
         for ours, arrival, _ in sums:
             arrival.wait()
             ranks_SMD = ours.unflatten(0, (self._group.size, -1))
-            totals.append(add_sums(ranks_SMD, shared_TD[begin : begin + ranks_SMD.shape[1]]))
+            part = slice(begin, begin + ranks_SMD.shape[1])
+            add_sums(ranks_SMD, shared_TD[part], total_TD[part])
             begin += ranks_SMD.shape[1]
-        return totals[0] if len(totals) == 1 else torch.cat(totals)
+        return total_TD
 
 
 def parts_of(num_rows: int, part_rows: int) -> list[tuple[int, int]]:

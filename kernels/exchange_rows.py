@@ -112,21 +112,22 @@ def unpack_rows(rows_UW: Tensor, layout: RowFormat) -> tuple[Tensor | QuantizedT
     return rows_UW[:, begin : begin + hidden * layout.dtype.itemsize].view(layout.dtype), experts, weights
 
 
-def add_sums_ref(sums_SMD: Tensor, shared_TD: Tensor) -> Tensor:
+def add_sums_ref(sums_SMD: Tensor, shared_TD: Tensor, output_TD: Tensor) -> None:
     total = sums_SMD[0, : shared_TD.shape[0]].float()
     for sums_MD in sums_SMD[1:]:
         total = total + sums_MD[: shared_TD.shape[0]]
-    return (total + shared_TD).to(shared_TD.dtype)
+    output_TD.copy_(total + shared_TD)
 
 
-def add_sums(sums_SMD: Tensor, shared_TD: Tensor) -> Tensor:
-    """Sums of S ranks' experts, float32 or bf16 [S, M, D] with M >= T, and the shared expert's output [T, D]
-    -> their sum, added in float32 in this order and rounded once to the shared expert's dtype."""
+def add_sums(sums_SMD: Tensor, shared_TD: Tensor, output_TD: Tensor) -> None:
+    """output [T, D] becomes the sum of S ranks' experts, float32 or bf16 [S, M, D] with M >= T, and the shared expert's
+    output [T, D]: added in float32 in this order and rounded once."""
     if use_triton(sums_SMD):
         from kernels.triton_exchange_rows import add_sums_gpu
 
-        return add_sums_gpu(sums_SMD, shared_TD)
-    return add_sums_ref(sums_SMD, shared_TD)
+        add_sums_gpu(sums_SMD, shared_TD, output_TD)
+    else:
+        add_sums_ref(sums_SMD, shared_TD, output_TD)
 
 
 def _fits_gpu(tensor: Tensor, layout: RowFormat) -> bool:

@@ -42,7 +42,7 @@ def _pack_kernel(
 
 @triton.jit
 def _add_sums_kernel(
-    sums, shared, output, hidden, stride_rank, stride_row, stride_shared,
+    sums, shared, output, hidden, stride_rank, stride_row, stride_shared, stride_output,
     RANKS: tl.constexpr, BLOCK: tl.constexpr, BF16: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -53,7 +53,7 @@ def _add_sums_kernel(
         place = sums + rank * stride_rank + row * stride_row + column
         total += tl.load(place, mask=inside, other=0.0).to(tl.float32)
     total += tl.load(shared + row * stride_shared + column, mask=inside, other=0.0).to(tl.float32)
-    tl.store(output + row * hidden + column, to_bf16(total, INTERPRET) if BF16 else total, mask=inside)
+    tl.store(output + row * stride_output + column, to_bf16(total, INTERPRET) if BF16 else total, mask=inside)
 
 
 def _views(rows_UW: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -85,14 +85,13 @@ def pack_rows_gpu(
     return rows
 
 
-def add_sums_gpu(sums_SMD: Tensor, shared_TD: Tensor) -> Tensor:
-    """As add_sums; contiguous."""
+def add_sums_gpu(sums_SMD: Tensor, shared_TD: Tensor, output_TD: Tensor) -> None:
+    """As add_sums; channels contiguous."""
     num_tokens, hidden = shared_TD.shape
-    output = torch.empty(num_tokens, hidden, dtype=shared_TD.dtype, device=shared_TD.device)
     if num_tokens:
         block = min(1024, triton.next_power_of_2(hidden))
         _add_sums_kernel[(num_tokens, triton.cdiv(hidden, block))](
-            sums_SMD, shared_TD, output, hidden, sums_SMD.stride(0), sums_SMD.stride(1), shared_TD.stride(0),
-            RANKS=sums_SMD.shape[0], BLOCK=block, BF16=output.dtype == torch.bfloat16, INTERPRET=INTERPRET,
+            sums_SMD, shared_TD, output_TD, hidden, sums_SMD.stride(0), sums_SMD.stride(1), shared_TD.stride(0),
+            output_TD.stride(0), RANKS=sums_SMD.shape[0], BLOCK=block, BF16=output_TD.dtype == torch.bfloat16,
+            INTERPRET=INTERPRET,
         )  # fmt: skip
-    return output

@@ -19,9 +19,12 @@ from kernels.triton_common import INTERPRET, from_exponent_byte, power_of_two_sc
 from kernels.triton_quantize import QuantizedRows, scale_stride
 
 GROUP = 128
-ENTRIES = 1024
+ENTRIES = 2048
+"""Choices of one program where several sort."""
+CHUNK = 32
+"""Blocks of choices that are summed up at once."""
 MOST_AT_ONCE = 2048
-"""Choices that one program sorts in registers; more go faster in three launches, whose counters many programs share."""
+"""Choices that one program sorts in registers; more go faster in three launches."""
 
 
 class ExpertRows(NamedTuple):
@@ -48,30 +51,40 @@ def _count_kernel(
     experts, counts, num_entries, first, num_experts, stride,
     CHOICES: tl.constexpr, BINS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    entry = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    """What each block of entries holds of each expert, and last of experts that live elsewhere."""
+    block = tl.program_id(0)
+    entry = block * BLOCK + tl.arange(0, BLOCK)
     local, mine = _local_expert(experts, entry, num_entries, first, num_experts, stride, CHOICES)
-    local = tl.where(mine, local, num_experts)
-    histogram = tl.histogram(local, BINS)
     bins = tl.arange(0, BINS)
-    tl.atomic_add(counts + bins, histogram, mask=(bins < num_experts) & (histogram > 0), sem="relaxed")
+    tl.store(counts + block * BINS + bins, tl.histogram(tl.where(mine, local, num_experts), BINS))
 
 
 @triton.jit
-def _offsets_kernel(counts, offsets, cursor, num_experts, BINS: tl.constexpr):
+def _offsets_kernel(counts, offsets, num_blocks, num_experts, BINS: tl.constexpr, CHUNK: tl.constexpr):
+    """Counts become those of the blocks before. One program."""
     bins = tl.arange(0, BINS)
-    count = tl.load(counts + bins, mask=bins < num_experts, other=0)
-    start = tl.cumsum(count, 0) - count
-    tl.store(offsets + bins, start, mask=bins <= num_experts)
-    tl.store(cursor + bins, start, mask=bins < num_experts)
+    total = tl.zeros((BINS,), tl.int32)
+    for begin in range(0, num_blocks, CHUNK):
+        block = begin + tl.arange(0, CHUNK)
+        place = counts + block[:, None] * BINS + bins[None, :]
+        inside = block[:, None] + 0 * bins[None, :] < num_blocks
+        count = tl.load(place, mask=inside, other=0)
+        tl.store(place, total[None, :] + tl.cumsum(count, 0) - count, mask=inside)
+        total += tl.sum(count, 0)
+    tl.store(offsets + bins, tl.cumsum(total, 0) - total, mask=bins <= num_experts)
 
 
 @triton.jit
 def _place_kernel(
-    experts, cursor, rows, num_entries, first, num_experts, stride, CHOICES: tl.constexpr, BLOCK: tl.constexpr
-):
-    entry = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    experts, counts, offsets, rows, num_entries, first, num_experts, stride,
+    CHOICES: tl.constexpr, BINS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A block counts on from those before it, at counters that no other block touches."""
+    block = tl.program_id(0)
+    entry = block * BLOCK + tl.arange(0, BLOCK)
     local, mine = _local_expert(experts, entry, num_entries, first, num_experts, stride, CHOICES)
-    row = tl.atomic_add(cursor + local, 1, mask=mine, sem="relaxed")
+    row = tl.load(offsets + local, mask=mine, other=0)
+    row += tl.atomic_add(counts + block * BINS + local, 1, mask=mine, sem="relaxed", scope="cta")
     tl.store(rows + entry, tl.where(mine, row, -1), mask=entry < num_entries)
 
 
@@ -108,17 +121,17 @@ def sort_by_expert(experts_TK: Tensor, first: int, num_experts: int) -> ExpertRo
             CHOICES=choices, BINS=bins, BLOCK=block, num_warps=max(1, min(32, max(block, bins) // 64)),
         )  # fmt: skip
         return ExpertRows(offsets, rows)
-    work = torch.zeros(3 * (num_experts + 1), dtype=torch.int32, device=device)
-    counts, offsets, cursor = work.view(3, num_experts + 1)
-    if num_entries:
-        grid, stride = (triton.cdiv(num_entries, ENTRIES),), experts_TK.stride(0)
-        _count_kernel[grid](
-            experts_TK, counts, num_entries, first, num_experts, stride, CHOICES=choices, BINS=bins, BLOCK=ENTRIES
-        )
-        _offsets_kernel[(1,)](counts, offsets, cursor, num_experts, BINS=bins, num_warps=1)
-        _place_kernel[grid](
-            experts_TK, cursor, rows, num_entries, first, num_experts, stride, CHOICES=choices, BLOCK=ENTRIES
-        )
+    if not num_entries:
+        return ExpertRows(torch.zeros(num_experts + 1, dtype=torch.int32, device=device), rows)
+    offsets = torch.empty(num_experts + 1, dtype=torch.int32, device=device)
+    num_blocks = triton.cdiv(num_entries, ENTRIES)
+    counts = torch.empty(num_blocks, bins, dtype=torch.int32, device=device)
+    where = (num_entries, first, num_experts, experts_TK.stride(0))
+    _count_kernel[(num_blocks,)](experts_TK, counts, *where, CHOICES=choices, BINS=bins, BLOCK=ENTRIES)
+    _offsets_kernel[(1,)](counts, offsets, num_blocks, num_experts, BINS=bins, CHUNK=min(CHUNK, max(1, 4096 // bins)))
+    _place_kernel[(num_blocks,)](
+        experts_TK, counts, offsets, rows, *where, CHOICES=choices, BINS=bins, BLOCK=ENTRIES, num_warps=8
+    )
     return ExpertRows(offsets, rows)
 
 
@@ -134,7 +147,10 @@ def _quantize_rows_kernel(
     groups: tl.constexpr = BLOCK // 128
     column = part * BLOCK + tl.arange(0, BLOCK)
     group = part * groups + tl.arange(0, groups)
-    if tl.max(tl.load(rows + token * CHOICES + slot, mask=slot < CHOICES, other=-1), axis=0) >= 0:
+    row_of = tl.load(
+        rows + token * CHOICES + slot, mask=slot < CHOICES, other=-1
+    )  # all at once: stores end what may move up
+    if tl.max(row_of, axis=0) >= 0:
         if QUANTIZED:
             code = tl.load(x + token * stride_x + column)
             scale = from_exponent_byte(tl.load(x_scales + token * stride_x_scales + group))
@@ -143,7 +159,7 @@ def _quantize_rows_kernel(
             scale = power_of_two_scale(tl.maximum(tl.max(tl.abs(value), axis=1), 1e-4), 1.0 / 448.0)
             code = tl.reshape(to_e4m3(value * (1.0 / scale)[:, None], INTERPRET), (BLOCK,))
         for choice in tl.static_range(CHOICES):
-            row = tl.load(rows + token * CHOICES + choice).to(tl.int64)
+            row = tl.max(tl.where(slot == choice, row_of, -1), axis=0).to(tl.int64)
             if row >= 0:
                 tl.store(codes + row * stride_codes + column, code)
                 tl.store(scales + group.to(tl.int64) * stride_scales + row, scale)
@@ -184,10 +200,9 @@ def _combine_kernel(
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < hidden
     total = tl.zeros((BLOCK,), tl.float32)
-    for choice in tl.static_range(CHOICES):
+    for choice in tl.static_range(CHOICES):  # without branches: all rows are on their way at once
         row = tl.load(rows + token * CHOICES + choice).to(tl.int64)
-        if row >= 0:
-            total += tl.load(y + row * stride_y + column, mask=inside, other=0.0).to(tl.float32)
+        total += tl.load(y + row * stride_y + column, mask=inside & (row + 0 * column >= 0), other=0.0).to(tl.float32)
     if SHARED:
         total += tl.load(shared + token * stride_shared + column, mask=inside, other=0.0).to(tl.float32)
     tl.store(output + token * stride_output + column, to_bf16(total, INTERPRET) if BF16 else total, mask=inside)

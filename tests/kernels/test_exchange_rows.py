@@ -88,8 +88,12 @@ def test_sums_of_ranks_are_added_in_their_order_and_rounded_once(
 ):
     sums = torch.randn(ranks, rows, hidden, generator=generator, device=device).to(sums_dtype)
     shared = torch.randn(tokens, hidden, generator=generator, device=device).to(dtype)
-    got = add_sums_gpu(sums, shared)
-    assert got.dtype == dtype
-    assert torch.equal(got, add_sums_ref(sums, shared))
+    got, expected = torch.full((2, tokens + 1, hidden + 3), torch.nan, dtype=dtype, device=device)
+    add_sums_gpu(sums, shared, got[:tokens, :hidden])
+    add_sums_ref(sums, shared, expected[:tokens, :hidden])
+    assert torch.equal(got[:tokens, :hidden], expected[:tokens, :hidden])
+    assert bool(got[tokens:].isnan().all())
+    assert bool(got[:, hidden:].isnan().all())
+    got = got[:tokens, :hidden]
     exact = sums[:, :tokens].double().sum(0) + shared.double()
     assert torch.allclose(got.double(), exact, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-5)
