@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from aiohttp import ClientResponse, ClientSession, ClientTimeout, web
 from prometheus_client import CollectorRegistry
+from prometheus_client.parser import text_string_to_metric_families
 
 from api.app import build_app
 from api.settings import ApiSettings
@@ -42,6 +43,18 @@ class Server:
         response = await self.session.get(self.base_url + path, **options)
         await response.read()
         return response
+
+
+async def samples(server: Server) -> dict[tuple[str, str], float]:
+    """(name, engine) -> value of all series."""
+    response = await server.get("/metrics")
+    assert response.headers["Content-Type"].startswith("text/plain")
+    return {
+        (sample.name + sample.labels.get("finished_reason", "") + sample.labels.get("le", ""),
+         sample.labels.get("engine", "")): sample.value
+        for family in text_string_to_metric_families(await response.text())
+        for sample in family.samples
+    }  # fmt: skip
 
 
 @pytest.fixture

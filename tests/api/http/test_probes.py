@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
 
 from api.auth import ApiKeys
 from api.settings import ApiSettings
 from runtime.errors import ConfigError
-from tests.api.http.conftest import Server
+from tests.api.http.conftest import Server, samples
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 HI = [{"role": "user", "content": "hi"}]
@@ -66,18 +65,6 @@ async def test_two_live_requests_may_carry_one_id(serve: Any) -> None:
     answers = await asyncio.gather(*(server.post_json(CHAT, body) for _ in range(5)))
     assert {answer["id"] for answer in answers} == {"chatcmpl-same"}
     assert len({submit.request_id for submit in server.engine.submitted}) == 5
-
-
-async def samples(server: Server) -> dict[tuple[str, str], float]:
-    """(name, engine) -> value of all series."""
-    response = await server.get("/metrics")
-    assert response.headers["Content-Type"].startswith("text/plain")
-    return {
-        (sample.name + sample.labels.get("finished_reason", "") + sample.labels.get("le", ""),
-         sample.labels.get("engine", "")): sample.value
-        for family in text_string_to_metric_families(await response.text())
-        for sample in family.samples
-    }  # fmt: skip
 
 
 async def test_every_rank_has_its_series_from_the_first_scrape_on(serve: Any) -> None:
