@@ -37,7 +37,7 @@ from benchmarks.used_pool import UsedPool
 from kv_transfer.agent_events import Received, ReceiveFailed
 from kv_transfer.config import TransferConfig
 from kv_transfer.mooncake import MooncakeEngine, ReadHandle, ReadState
-from kv_transfer.pieces import Piece, merge_and_split
+from kv_transfer.pieces import Piece, split
 
 LIMIT = 0.9
 NODE_GBPS, NODE_TOKENS = 120.0, 8192
@@ -151,7 +151,7 @@ class Bench:
             return Piece(self._rank.base_address + offset, self._source.facts["base_address"] + offset, num_bytes)
 
         def parts() -> list[Piece]:
-            return merge_and_split([whole()], self._config.read_bytes_limit)
+            return list(split([whole()], self._config.read_bytes_limit))
 
         return {
             "blocking": lambda: read_blocking(bare, session_id, whole()),

@@ -50,7 +50,7 @@ class TransferConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     handoff_port: int = 0
     """Port of the gRPC hand-off service; 0 takes a free one. A node with several ranks adds the rank to it."""
     port_range: tuple[int, int] = (15000, 17000)
-    """Ports Mooncake may listen on: two per rank, on every interface. Firewall this range to the peers."""
+    """Where each rank's Mooncake (two ports, on every interface) and lanes (one) listen. Firewall it to the peers."""
     devices: tuple[str, ...] = ()
     """RDMA devices such as mlx5_0; empty means all."""
     devices_by_rank: tuple[tuple[str, ...], ...] = ()
@@ -81,7 +81,7 @@ class TransferConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     window: int = 64
     """Reads in flight per engine."""
     max_read_bytes: int | Literal["auto"] = "auto"
-    """Neighbouring pages are read together up to this size; larger records are read in parts. "auto": 512 KiB over TCP,
+    """Neighbouring pages are read together up to this size; larger records are read in parts. "auto": 2 MiB over TCP,
     where every connection carries one read at a time, 16 MiB over transports that divide a read themselves."""
     lanes_per_peer: int = 8
     """TCP connections per peer."""
@@ -104,7 +104,7 @@ class TransferConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     def read_bytes_limit(self) -> int:
         """`max_read_bytes`, resolved."""
         if self.max_read_bytes == "auto":
-            return 1 << 19 if self.transport == "tcp" else 16 << 20
+            return 2 << 20 if self.transport == "tcp" else 16 << 20
         return self.max_read_bytes
 
     def __post_init__(self) -> None:

@@ -13,6 +13,7 @@ from kv_transfer.agent_events import AgentEvent, EpochRenewed
 from kv_transfer.config import TransferConfig
 from kv_transfer.descriptor import DescriptorError, read_descriptor
 from kv_transfer.format import StateFormat
+from kv_transfer.lane import Lanes
 from kv_transfer.messages import Hello
 from kv_transfer.mooncake import PROTOCOLS, MooncakeEngine, engine_version
 from kv_transfer.peers import Peers
@@ -29,10 +30,11 @@ from runtime.requests import TransferStats
 
 log = logging.getLogger(__name__)
 
-_NAP_S = 0.0003
+_TICK_S = 0.001
+"""The loop's timers may be this late."""
 _SLOW_NAP_S = 0.005
 _PATIENCE_S = 0.05
-"""Naps are short while reads end, longer after this long without any."""
+"""Naps are the reader's while reads end, longer after this long without any."""
 _WATCH_EVERY_S = 0.5
 _RENEW_EVERY_S = 0.1
 """How often leases are looked at; each is renewed when a quarter of it has passed."""
@@ -103,15 +105,18 @@ class TransferCore:
             spawn=self._spawn,
             clock=self._clock,
         )
-        self._service = HandoffService(self.sender, self._hello, config.connect_timeout_s)
+        self._lanes = Lanes(config.tls, config.connect_timeout_s)
+        self._service = HandoffService(self.sender, self._hello, self._lanes, config.connect_timeout_s)
 
     async def run(self, on_started: Callable[[], None]) -> None:
         """Until `stop`. Raises what keeps it from starting or going on."""
         server = open_server()
         pb_grpc.add_HandoffServicer_to_server(self._service, server)  # type: ignore[no-untyped-call]
-        port = bind(server, self.config.bind_host or self.config.host, self._port, self.config.tls)
+        host = self.config.bind_host or self.config.host
+        port = bind(server, host, self._port, self.config.tls)
         self._create_engine()
         try:
+            await self._lanes.start(host, self.config.port_range)
             await server.start()
             self.address = f"{self.config.host}:{port}"
             on_started()
@@ -149,6 +154,7 @@ class TransferCore:
 
     async def _shut_down(self, server: grpc.aio.Server) -> None:
         await server.stop(grace=0.2)
+        self._lanes.close()
         self._close_engine()
 
     def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> None:
@@ -214,22 +220,25 @@ class TransferCore:
     async def _pump(self) -> None:
         moved_at = 0.0
         while True:
-            reader = self.receiver.reader
-            if not reader.busy:
+            if not self.receiver.reader.busy:
                 self._work.clear()
                 await self._work.wait()
-            now = self._clock()
-            if self.receiver.reader.pump():
                 moved_at = self._clock()
+            reader = self.receiver.reader
+            if reader.pump():
+                moved_at = self._clock()
+            quiet_s = self._clock() - moved_at
+            if reader.busy and quiet_s < self._engine.spin_s:
                 await asyncio.sleep(0)
-            elif now - moved_at < self._engine.spin_s:
-                await asyncio.sleep(0)
-            elif now - moved_at < _PATIENCE_S:
-                # The loop's own timers round up to a millisecond, longer than a small state takes.
-                time.sleep(_NAP_S)  # noqa: ASYNC251
-                await asyncio.sleep(0)
-            else:
+            elif quiet_s > _PATIENCE_S:
                 await asyncio.sleep(_SLOW_NAP_S)
+            elif (nap_s := reader.nap_s) > 2 * _TICK_S:
+                await asyncio.sleep(nap_s - _TICK_S)
+            else:
+                # Too short for the loop's timers. After the last read a nap lets the engine's thread, which was just
+                # woken, have the interpreter first.
+                time.sleep(min(nap_s, _TICK_S))  # noqa: ASYNC251
+                await asyncio.sleep(0)
 
     async def _renew(self) -> None:
         while True:

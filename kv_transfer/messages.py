@@ -22,6 +22,10 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True):
     slots: MemoryRegion
     lease_s: float
     """The leases this rank grants."""
+    lane_port: int = 0
+    """Prefill's: where the conversation goes on (`lane`),"""
+    lane_key: bytes = b""
+    """and how it begins there."""
 
 
 class Claim(msgspec.Struct, frozen=True, kw_only=True):

@@ -1,8 +1,8 @@
-"""The decode end of the control streams: one link per prefill rank and epoch, opened when first needed."""
+"""The decode end of the conversations: one link per prefill rank and epoch, opened when first needed."""
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import grpc
@@ -10,9 +10,10 @@ import grpc.aio
 
 from kv_transfer.config import TransferConfig
 from kv_transfer.hello import disagreement
+from kv_transfer.lane import Lane, LaneError, open_lane
 from kv_transfer.messages import Hello, ToPrefill
 from kv_transfer.receiver import Receiver
-from kv_transfer.wire import WireError, decode_to_decode, encode_to_prefill
+from kv_transfer.wire import WireError, decode_to_decode, encode_to_prefill, parse
 from proto import handoff_pb2 as pb
 from proto import handoff_pb2_grpc as pb_grpc
 from runtime.errors import ConfigError
@@ -30,22 +31,24 @@ class _Refused(Exception):
 
 
 class PeerLink:
-    """A stream to one incarnation of a prefill rank."""
+    """A stream and a lane to one incarnation of a prefill rank."""
 
     def __init__(self, address: str, epoch: str) -> None:
         self.address = address
         self.epoch = epoch
         """The incarnation asked for; empty accepts any."""
         self.hello: Hello | None = None
+        self.lane: Lane | None = None
         self.is_open = False
-        self.outbox: asyncio.Queue[ToPrefill | None] = asyncio.Queue()
+        self.closed = asyncio.Event()
+        """It has to end."""
 
     def send(self, message: ToPrefill) -> None:
-        if self.is_open:
-            self.outbox.put_nowait(message)
+        if self.is_open and self.lane is not None:
+            self.lane.send(encode_to_prefill(message).SerializeToString())
 
     def close(self) -> None:
-        self.outbox.put_nowait(None)
+        self.closed.set()
 
 
 class Peers:
@@ -98,7 +101,7 @@ class Peers:
             reason = await self._converse(link)
         except _Refused as error:
             reason, refused = str(error), error
-        except (grpc.aio.AioRpcError, TimeoutError, WireError, ConfigError) as error:
+        except (grpc.aio.AioRpcError, TimeoutError, WireError, LaneError, ConfigError) as error:
             reason = _explain(link.address, error)
         finally:
             link.is_open = False
@@ -120,34 +123,63 @@ class Peers:
         await asyncio.sleep(max(0.0, self._not_before.get(address, now) - now))
 
     async def _converse(self, link: PeerLink) -> str:
-        """Returns why the stream ended."""
+        """Returns why the conversation ended."""
         channel = open_channel(link.address, self._config.tls)
         try:
             stub = pb_grpc.HandoffStub(channel)  # type: ignore[no-untyped-call]
-            call = stub.Converse(self._outgoing(link))
+            call = stub.Converse()
             try:
                 async with asyncio.timeout(self._config.connect_timeout_s):
+                    await call.write(encode_to_prefill(self._my_hello()))
                     link.hello = await self._greet(link, call)
+                    link.lane = await self._open_lane(link, link.hello)
                 await self._reach(link.hello)
                 link.is_open = True
                 log.info("link to prefill rank %s open (epoch %s)", link.address, link.hello.epoch[:8])
                 self._receiver.on_link_open(link)
-                while (message := await call.read()) is not grpc.aio.EOF:
-                    self._receiver.on_message(link, decode_to_decode(message))
+                await self._listen(link, link.lane, call)
             except grpc.aio.AioRpcError as error:
                 if error.code() is grpc.StatusCode.FAILED_PRECONDITION:
                     raise _Refused(f"{link.address}: {error.details()}", retryable=False) from None
                 raise
             finally:
+                if link.lane is not None:
+                    link.lane.close()
                 call.cancel()
         finally:
             await channel.close()
         return f"the prefill rank {link.address} closed the stream"
 
-    async def _outgoing(self, link: PeerLink) -> AsyncIterator[pb.ToPrefill]:
-        yield encode_to_prefill(self._my_hello())
-        while (message := await link.outbox.get()) is not None:
-            yield encode_to_prefill(message)
+    async def _open_lane(self, link: PeerLink, hello: Hello) -> Lane:
+        host, _, _ = link.address.rpartition(":")
+        try:
+            return await open_lane(host, hello.lane_port, hello.lane_key, self._config.tls)
+        except OSError as error:
+            raise LaneError(f"no lane to {host}:{hello.lane_port}: {error}") from None
+
+    async def _listen(self, link: PeerLink, lane: Lane, call: Any) -> None:
+        """Until the peer ends stream or lane, or the link is to be closed."""
+        ends = asyncio.create_task(self._end_of(call))
+        tasks = [ends, *(asyncio.create_task(event.wait()) for event in (lane.over, link.closed))]
+        lane.listen(lambda frame: self._receiver.on_message(link, decode_to_decode(parse(pb.ToDecode, frame))))
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            link.is_open = False
+            lane.close()
+            if lane.failure is not None:
+                raise lane.failure
+            # The peer ends the stream once it has heard everything; if it was first, it says why.
+            async with asyncio.timeout(self._config.connect_timeout_s):
+                await ends
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _end_of(self, call: Any) -> None:
+        """Returns when the peer ends the stream, raises what broke it."""
+        if await call.read() is not grpc.aio.EOF:
+            raise WireError("after Hello, the lane is where to speak")
 
     async def _greet(self, link: PeerLink, call: Any) -> Hello:
         message = await call.read()

@@ -1,6 +1,6 @@
 """How a list of records becomes reads: few and large, but enough of them that all connections work in parallel."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import msgspec
 
@@ -8,7 +8,7 @@ from kv_transfer.regions import MemoryRegion
 
 
 class Piece(msgspec.Struct, frozen=True):
-    """One contiguous read. Addresses are absolute, sizes bytes."""
+    """One contiguous stretch of memory to read. Addresses are absolute, sizes bytes."""
 
     local: int
     remote: int
@@ -17,29 +17,33 @@ class Piece(msgspec.Struct, frozen=True):
 
 def plan_records(
     local: MemoryRegion, local_indices: Sequence[int], remote: MemoryRegion, remote_indices: Sequence[int]
-) -> Iterable[Piece]:
-    """One piece per record, in order. Raises ValueError for an index outside its region."""
-    for mine, theirs in zip(local_indices, remote_indices, strict=True):
-        yield Piece(local.address(mine), remote.address(theirs), remote.stride_bytes)
+) -> list[Piece]:
+    """One piece for each run of records that are neighbours on both sides, in order.
 
-
-def merge_and_split(pieces: Iterable[Piece], max_bytes: int) -> list[Piece]:
-    """Join neighbours that touch on both sides, then cut what is larger than `max_bytes` into nearly equal parts.
-
-    Parts are multiples of 4 KiB but for the last.
+    Raises ValueError for an index outside its region.
     """
-    runs: list[Piece] = []
+    runs = []
+    mine = theirs = count = 0
+    for next_mine, next_theirs in zip(local_indices, remote_indices, strict=True):
+        if count and next_mine == mine + count and next_theirs == theirs + count:
+            count += 1
+            continue
+        if count:
+            runs.append(_run(local, mine, remote, theirs, count))
+        mine, theirs, count = next_mine, next_theirs, 1
+    if count:
+        runs.append(_run(local, mine, remote, theirs, count))
+    return runs
+
+
+def _run(local: MemoryRegion, mine: int, remote: MemoryRegion, theirs: int, count: int) -> Piece:
+    return Piece(local.address(mine, count), remote.address(theirs, count), count * remote.stride_bytes)
+
+
+def split(pieces: Iterable[Piece], max_bytes: int) -> Iterator[Piece]:
+    """Each piece in nearly equal parts of at most `max_bytes`: multiples of 4 KiB but for the last."""
     for piece in pieces:
-        last = runs[-1] if runs else None
-        if last and last.local + last.num_bytes == piece.local and last.remote + last.num_bytes == piece.remote:
-            runs[-1] = Piece(last.local, last.remote, last.num_bytes + piece.num_bytes)
-        else:
-            runs.append(piece)
-    return [part for run in runs for part in _split(run, max_bytes)]
-
-
-def _split(run: Piece, max_bytes: int) -> Iterable[Piece]:
-    count = -(-run.num_bytes // max_bytes)
-    size = -(-run.num_bytes // count // 4096) * 4096
-    for offset in range(0, run.num_bytes, size):
-        yield Piece(run.local + offset, run.remote + offset, min(size, run.num_bytes - offset))
+        count = -(-piece.num_bytes // max_bytes)
+        size = -(-piece.num_bytes // count // 4096) * 4096
+        for offset in range(0, piece.num_bytes, size):
+            yield Piece(piece.local + offset, piece.remote + offset, min(size, piece.num_bytes - offset))

@@ -11,10 +11,12 @@ without trying to connect. Reading again is harmless, and a peer that is gone is
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
+from itertools import islice
 
 from kv_transfer.mooncake import MooncakeEngine, ReadHandle, ReadState
-from kv_transfer.pieces import Piece
+from kv_transfer.pace import Pace
+from kv_transfer.pieces import Piece, split
 from kv_transfer.stats import TransferCounters
 from kv_transfer.threads import SteadyThread
 from runtime.errors import TransferError
@@ -27,35 +29,70 @@ _EPISODE_S = 0.5
 
 
 class ReadGroup:
-    """Reads from one session that succeed or fail together. Times are the reader's clock, seconds."""
+    """Reads from one session that succeed or fail together. Times are the reader's clock, seconds.
 
-    def __init__(self, session_id: str, pieces: Iterable[Piece], on_end: Callable[["ReadGroup"], None]) -> None:
+    `runs` are read in parts of at most `max_bytes`, which are made as they are needed: the first read does not wait for
+    the plan of the last.
+    """
+
+    def __init__(
+        self, session_id: str, runs: Sequence[Piece], max_bytes: int, on_end: Callable[["ReadGroup"], None]
+    ) -> None:
         self.session_id = session_id
-        self.queued = deque((piece, 1) for piece in pieces)
-        """What to read, and which try it is."""
-        self.num_bytes = sum(piece.num_bytes for piece, _ in self.queued)
+        self.num_bytes = sum(run.num_bytes for run in runs)
+        self.num_done = 0
         self.on_end = on_end
         self.in_flight = 0
         self.failure: str | None = None
         self.started: float | None = None
         self.progress: float | None = None
         """When a read of it last succeeded."""
+        self._fresh = split(runs, max_bytes)
+        self._next = next(self._fresh, None)
+        self._again = deque[tuple[Piece, int]]()
+        """What failed, and which try comes next."""
+
+    def take(self, max_pieces: int) -> tuple[list[Piece], int]:
+        """Up to that many pieces to read now, and which try it is of all of them. Only while `queued`."""
+        if self._next is not None:
+            pieces = [self._next, *islice(self._fresh, max_pieces - 1)]
+            self._next = next(self._fresh, None)
+            return pieces, 1
+        piece, tries = self._again.popleft()
+        pieces = [piece]
+        while len(pieces) < max_pieces and self._again and self._again[0][1] == tries:
+            pieces.append(self._again.popleft()[0])
+        return pieces, tries
+
+    def repeat(self, pieces: Sequence[Piece], tries: int) -> None:
+        """They failed: read them once more, for the `tries`-th time."""
+        self._again.extend((piece, tries) for piece in pieces)
+
+    def fail(self, reason: str) -> None:
+        """Submit nothing more of it. The first reason stays."""
+        self.failure = self.failure or reason
+        self._next = None
+        self._again.clear()
 
     def drop(self) -> None:
-        """Submit nothing more of it."""
+        """Submit nothing more of it, if there is more."""
         if self.queued:
-            self.failure = self.failure or "dropped"
-            self.queued.clear()
+            self.fail("dropped")
+
+    @property
+    def queued(self) -> bool:
+        """Something of it has not been submitted."""
+        return self._next is not None or bool(self._again)
 
     @property
     def over(self) -> bool:
-        return not self.queued and not self.in_flight
+        return not self.in_flight and not self.queued
 
 
 class _Read:
     """One read under way, of pieces that are tried equally often."""
 
-    __slots__ = ("group", "handle", "pieces", "submitted", "tries")
+    __slots__ = ("group", "handle", "num_bytes", "pieces", "submitted", "tries")
 
     def __init__(self, group: ReadGroup, pieces: list[Piece], tries: int, submitted: float) -> None:
         self.handle: ReadHandle = None
@@ -63,10 +100,7 @@ class _Read:
         self.pieces = pieces
         self.tries = tries
         self.submitted = submitted
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(piece.num_bytes for piece in self.pieces)
+        self.num_bytes = sum(piece.num_bytes for piece in pieces)
 
 
 class _Session:
@@ -108,14 +142,21 @@ class Reader:
         self._sessions: dict[str, _Session] = {}
         self._groups: set[ReadGroup] = set()
         self._in_flight = 0
+        self._flying = 0
+        """Bytes in flight."""
+        self._pace = Pace()
         self._opening: _Read | None = None
         self._contacts = SteadyThread("first-contact")
 
     def start(self, group: ReadGroup) -> None:
+        """Its first reads are submitted before this returns."""
+        if not self._groups:
+            self._pace.begin(self._clock())
         session = self._sessions.setdefault(group.session_id, _Session())
         session.forgotten = False
         session.groups.append(group)
         self._groups.add(group)
+        self._submit()
         self._wake()
 
     def close(self) -> None:
@@ -125,6 +166,12 @@ class Reader:
     @property
     def busy(self) -> bool:
         return bool(self._groups)
+
+    @property
+    def nap_s(self) -> float:
+        """How long to wait before the next `pump`, now that one is over."""
+        left = sum(group.num_bytes - group.num_done for group in self._groups)
+        return self._pace.nap_s(self._clock(), self._flying, left)
 
     @property
     def is_opening(self) -> bool:
@@ -202,11 +249,12 @@ class Reader:
         return moved
 
     def _end(self, session: _Session, read: _Read, state: ReadState) -> None:
-        self._in_flight -= 1
+        self._leave(read)
         group = read.group
-        group.in_flight -= 1
         if state is ReadState.DONE:
             group.progress = self._clock()
+            group.num_done += read.num_bytes
+            self._pace.arrive(read.num_bytes, group.progress)
             session.failures, session.answers = 0, False
             self._counters.reads_done += 1
             self._counters.bytes_received += read.num_bytes
@@ -221,13 +269,9 @@ class Reader:
         self._counters.reads_failed += 1
         group = read.group
         if read.tries < _MAX_TRIES and group.failure is None:
-            group.queued.extend((piece, read.tries + 1) for piece in read.pieces)
+            group.repeat(read.pieces, read.tries + 1)
         else:
-            self._fail(group, f"{reason}, try {read.tries}")
-
-    def _fail(self, group: ReadGroup, reason: str) -> None:
-        group.failure = group.failure or reason
-        group.queued.clear()
+            group.fail(f"{reason}, try {read.tries}")
 
     def _submit(self) -> bool:
         moved = False
@@ -248,7 +292,7 @@ class Reader:
     def _submit_one(self, session_id: str, session: _Session, group: ReadGroup) -> None:
         now = self._clock()
         group.started = now if group.started is None else group.started
-        read = self._next_read(group, now)
+        read = _Read(group, *group.take(self._engine.max_pieces), now)
         self._counters.reads_submitted += 1
         if not session.open:
             self._open(session, read)
@@ -258,39 +302,36 @@ class Reader:
         except TransferError as error:
             self._failed(session, read, str(error))
             return
-        self._add(session, read)
-
-    def _next_read(self, group: ReadGroup, now: float) -> _Read:
-        piece, tries = group.queued.popleft()
-        pieces = [piece]
-        while len(pieces) < self._engine.max_pieces and group.queued and group.queued[0][1] == tries:
-            pieces.append(group.queued.popleft()[0])
-        return _Read(group, pieces, tries, now)
-
-    def _add(self, session: _Session, read: _Read) -> None:
+        self._enter(read)
         session.reads.append(read)
+
+    def _enter(self, read: _Read) -> None:
         read.group.in_flight += 1
         self._in_flight += 1
+        self._flying += read.num_bytes
+
+    def _leave(self, read: _Read) -> None:
+        read.group.in_flight -= 1
+        self._in_flight -= 1
+        self._flying -= read.num_bytes
 
     def _open(self, session: _Session, read: _Read) -> None:
         """The first submit connects, and may block while holding a lock that every submit needs: off this thread."""
         self._opening = read
-        read.group.in_flight += 1
-        self._in_flight += 1
+        self._enter(read)
         call = self._contacts.run(lambda: self._engine.connect(read.group.session_id, read.pieces))
         call.add_done_callback(lambda done: self._opened(session, read, done))
 
     def _opened(self, session: _Session, read: _Read, call: "asyncio.Future[ReadHandle]") -> None:
         self._opening = None
-        read.group.in_flight -= 1
-        self._in_flight -= 1
         error = call.exception()
         if error is not None:
+            self._leave(read)
             self._failed(session, read, str(error))
         else:
             session.open = True
             read.handle = call.result()
-            self._add(session, read)
+            session.reads.append(read)
         self._wake()
 
     def _finish_groups(self) -> None:

@@ -1,5 +1,6 @@
 """The decode side of an agent: one driver per receive, its reads, its lease, its quarantine."""
 
+import asyncio
 import logging
 from collections.abc import Callable, Iterable
 from itertools import count
@@ -50,7 +51,7 @@ from kv_transfer.messages import (
     ToDecode,
     ToPrefill,
 )
-from kv_transfer.pieces import Piece, merge_and_split, plan_records
+from kv_transfer.pieces import plan_records
 from kv_transfer.quarantine import Quarantine
 from kv_transfer.reader import Reader, ReadGroup
 from kv_transfer.regions import MemoryRegion, ReadBytes
@@ -246,10 +247,10 @@ class Receiver:
     def _addressable(self, receive: Receive, link: Link, pages: Iterable[int], slot: int = 0) -> bool:
         """Whether the records exist in the peer's regions; otherwise the receive has failed."""
         assert link.hello is not None
-        bad = [index for index in pages if index >= link.hello.pages.count]
-        if not bad and slot < link.hello.slots.count:
+        last, count = max(pages, default=-1), link.hello.pages.count
+        if last < count and slot < link.hello.slots.count:
             return True
-        what = f"page {bad[0]} of {link.hello.pages.count}" if bad else f"slot {slot} of {link.hello.slots.count}"
+        what = f"page {last} of {count}" if last >= count else f"slot {slot} of {link.hello.slots.count}"
         self._feed(receive, RefuseArrived(f"the peer announced {what}", False))
         return False
 
@@ -306,7 +307,9 @@ class Receiver:
             case StartVerify():
                 self._verify(receive)
             case SendFetched():
-                self._tell(receive, Fetched(transfer_id=receive.transfer_id, attempt=receive.attempt))
+                # The engine's thread, which was just woken, needs the interpreter first.
+                fetched = Fetched(transfer_id=receive.transfer_id, attempt=receive.attempt)
+                asyncio.get_running_loop().call_soon(self._tell, receive, fetched)
             case SendRelease(reason=reason):
                 self._tell(receive, Release(transfer_id=receive.transfer_id, attempt=receive.attempt, reason=reason))
             case EmitReceived():
@@ -342,12 +345,12 @@ class Receiver:
         peer = receive.link.hello
         assert peer is not None
         mine = receive.pages[action.first_page : action.first_page + len(action.pages)]
-        pieces: list[Piece] = list(plan_records(self._pages, mine, peer.pages, action.pages))
+        runs = plan_records(self._pages, mine, peer.pages, action.pages)
         if action.with_slot:
             assert receive.ready is not None
-            pieces += plan_records(self._slots, (receive.slot,), peer.slots, (receive.ready.slot,))
-        pieces = merge_and_split(pieces, self._config.read_bytes_limit)
-        group = ReadGroup(peer.session_id, pieces, lambda group: self._reads_ended(receive, group))
+            runs += plan_records(self._slots, (receive.slot,), peer.slots, (receive.ready.slot,))
+        limit = self._config.read_bytes_limit
+        group = ReadGroup(peer.session_id, runs, limit, lambda group: self._reads_ended(receive, group))
         receive.groups.add(group)
         receive.progress_at = self._clock()
         self.reader.start(group)

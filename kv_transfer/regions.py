@@ -22,9 +22,10 @@ class MemoryRegion(msgspec.Struct, frozen=True):
     def num_bytes(self) -> int:
         return self.stride_bytes * self.count
 
-    def address(self, index: int) -> int:
-        if not 0 <= index < self.count:
-            raise ValueError(f"record {index} of a region of {self.count}")
+    def address(self, index: int, count: int = 1) -> int:
+        """Where `count` neighbouring records begin. Raises ValueError, naming the last, if they are not all in here."""
+        if not 0 <= index <= self.count - count:
+            raise ValueError(f"record {index + count - 1} of a region of {self.count}")
         return self.base_address + index * self.stride_bytes
 
 

@@ -1,4 +1,4 @@
-"""The prefill end of the control streams: one conversation per decode rank that opened one."""
+"""The prefill end of the conversations: one stream and lane per decode rank that opened one."""
 
 import asyncio
 import contextlib
@@ -8,11 +8,13 @@ from typing import Any
 
 import grpc
 import grpc.aio
+import msgspec
 
 from kv_transfer.hello import disagreement
+from kv_transfer.lane import Lane, LaneError, Lanes
 from kv_transfer.messages import Hello, ToDecode
 from kv_transfer.sender import Sender
-from kv_transfer.wire import WireError, decode_to_prefill, encode_to_decode
+from kv_transfer.wire import WireError, decode_to_prefill, encode_to_decode, parse
 from proto import handoff_pb2 as pb
 from proto import handoff_pb2_grpc as pb_grpc
 
@@ -20,24 +22,24 @@ log = logging.getLogger(__name__)
 
 
 class PeerStream:
-    """One decode rank's stream. Messages are written in order by one task."""
+    """One decode rank's end of the conversation."""
 
-    def __init__(self, hello: Hello) -> None:
+    def __init__(self, hello: Hello, lane: Lane) -> None:
         self.hello = hello
-        self.outbox: asyncio.Queue[ToDecode] = asyncio.Queue()
+        self.lane = lane
         self.closed = asyncio.Event()
 
     def send(self, message: ToDecode) -> None:
-        if not self.closed.is_set():
-            self.outbox.put_nowait(message)
+        self.lane.send(encode_to_decode(message).SerializeToString())
 
 
 class HandoffService(pb_grpc.HandoffServicer):
     """Serves claims for the transfers of `sender`."""
 
-    def __init__(self, sender: Sender, my_hello: Callable[[], Hello], hello_timeout_s: float) -> None:
+    def __init__(self, sender: Sender, my_hello: Callable[[], Hello], lanes: Lanes, hello_timeout_s: float) -> None:
         self._sender = sender
         self._my_hello = my_hello
+        self._lanes = lanes
         self._hello_timeout_s = hello_timeout_s
         self._streams: set[PeerStream] = set()
 
@@ -57,13 +59,13 @@ class HandoffService(pb_grpc.HandoffServicer):
         self._streams.add(stream)
         log.info("decode rank %s joined (epoch %s)", context.peer(), stream.hello.epoch[:8])
         try:
-            await self._converse(stream, request_iterator, context)
+            await self._converse(stream, request_iterator)
             if stream.closed.is_set():
                 await context.abort(grpc.StatusCode.UNAVAILABLE, "this rank's epoch is over")
-        except WireError as error:
+        except (WireError, LaneError) as error:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
         finally:
-            stream.closed.set()
+            stream.lane.close()
             self._streams.discard(stream)
             log.info("decode rank %s left", context.peer())
             self._sender.on_stream_lost(stream)
@@ -80,43 +82,50 @@ class HandoffService(pb_grpc.HandoffServicer):
                 mine = self._my_hello()
                 reason = disagreement(mine, theirs)
                 if reason is None:
-                    await context.write(encode_to_decode(mine))
-                    return PeerStream(theirs)
+                    return PeerStream(theirs, await self._meet(mine, context))
                 problem, code = reason, grpc.StatusCode.FAILED_PRECONDITION
         except TimeoutError:
             problem = f"no Hello within {self._hello_timeout_s} s"
         except StopAsyncIteration:
             pass
-        except WireError as error:
+        except (WireError, LaneError) as error:
             problem = str(error)
         log.warning("decode rank %s refused: %s", context.peer(), problem)
         await context.abort(code, problem)
         raise AssertionError("abort returned")
 
-    async def _converse(
-        self,
-        stream: PeerStream,
-        request_iterator: AsyncIterator[pb.ToPrefill],
-        context: grpc.aio.ServicerContext[Any, Any],
-    ) -> None:
-        """Until the peer ends the stream or `closed` is set."""
+    async def _meet(self, mine: Hello, context: grpc.aio.ServicerContext[Any, Any]) -> Lane:
+        """Say Hello; the lane that the peer then opens. LaneError if it does not."""
+        with self._lanes.expect() as (key, coming):
+            hello = msgspec.structs.replace(mine, lane_port=self._lanes.port, lane_key=key)
+            await context.write(encode_to_decode(hello))
+            try:
+                async with asyncio.timeout(self._hello_timeout_s):
+                    return await coming
+            except TimeoutError:
+                raise LaneError(f"no lane within {self._hello_timeout_s} s of Hello") from None
 
-        async def listen() -> None:
-            async for message in request_iterator:
-                heard = decode_to_prefill(message)
-                if isinstance(heard, Hello):
-                    raise WireError("a second Hello")
-                self._sender.on_message(stream, heard)
+    async def _converse(self, stream: PeerStream, request_iterator: AsyncIterator[pb.ToPrefill]) -> None:
+        """Until the peer ends stream or lane, or `closed` is set."""
 
-        async def speak() -> None:
-            while True:
-                await context.write(encode_to_decode(await stream.outbox.get()))
+        def hear(frame: bytes) -> None:
+            heard = decode_to_prefill(parse(pb.ToPrefill, frame))
+            if isinstance(heard, Hello):
+                raise WireError("a second Hello")
+            self._sender.on_message(stream, heard)
 
-        tasks = [asyncio.create_task(work) for work in (listen(), speak(), stream.closed.wait())]
+        async def watch() -> None:
+            async for _ in request_iterator:
+                raise WireError("after Hello, the lane is where to speak")
+
+        tasks = [asyncio.create_task(work) for work in (watch(), stream.lane.over.wait(), stream.closed.wait())]
+        stream.lane.listen(hear)
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
                 task.result()
+            if stream.lane.failure is not None:
+                raise stream.lane.failure
         finally:
             for task in tasks:
                 task.cancel()

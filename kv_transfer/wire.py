@@ -1,5 +1,9 @@
 """Messages <-> protobuf, the only place that knows both. Decoding checks everything a peer could get wrong."""
 
+from typing import TypeVar
+
+from google.protobuf.message import DecodeError
+
 from kv_transfer.messages import (
     Checksums,
     Claim,
@@ -18,6 +22,7 @@ from kv_transfer.regions import MemoryRegion
 from proto import handoff_pb2 as pb
 
 MAX_ID_CHARS = 256
+M = TypeVar("M", pb.ToPrefill, pb.ToDecode)
 
 
 class WireError(ValueError):
@@ -28,6 +33,14 @@ def check_id(transfer_id: str) -> str:
     if not 0 < len(transfer_id) <= MAX_ID_CHARS:
         raise WireError(f"transfer id of {len(transfer_id)} characters: 1..{MAX_ID_CHARS} are allowed")
     return transfer_id
+
+
+def parse(kind: type[M], frame: bytes) -> M:
+    """The protobuf message in a frame of a lane; WireError if there is none."""
+    try:
+        return kind.FromString(frame)
+    except DecodeError:
+        raise WireError(f"a frame of {len(frame)} bytes that is no {kind.DESCRIPTOR.name}") from None
 
 
 def encode_to_prefill(message: ToPrefill) -> pb.ToPrefill:
@@ -172,6 +185,8 @@ def _encode_hello(hello: Hello) -> pb.Hello:
         pages=_encode_region(hello.pages),
         slots=_encode_region(hello.slots),
         lease_seconds=hello.lease_s,
+        lane_port=hello.lane_port,
+        lane_key=hello.lane_key,
     )
 
 
@@ -181,6 +196,8 @@ def _decode_hello(hello: pb.Hello) -> Hello:
         raise WireError(f"session id {hello.session_id!r} is not host:port")
     if not hello.epoch:
         raise WireError("Hello without an epoch")
+    if hello.lane_port > 65535:
+        raise WireError(f"{hello.lane_port} is not a port")
     return Hello(
         epoch=hello.epoch,
         session_id=hello.session_id,
@@ -191,6 +208,8 @@ def _decode_hello(hello: pb.Hello) -> Hello:
         pages=_decode_region(hello.pages),
         slots=_decode_region(hello.slots),
         lease_s=_decode_seconds(hello.lease_seconds),
+        lane_port=hello.lane_port,
+        lane_key=hello.lane_key,
     )
 
 

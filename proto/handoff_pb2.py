@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13proto/handoff.proto\x12\x11tandem.handoff.v1\"\xef\x01\n\x05Hello\x12\r\n\x05\x65poch\x18\x01 \x01(\t\x12\x12\n\nsession_id\x18\x02 \x01(\t\x12\x11\n\ttransport\x18\x03 \x01(\t\x12\x16\n\x0e\x65ngine_version\x18\x04 \x01(\t\x12\x15\n\rformat_digest\x18\x05 \x01(\t\x12\x16\n\x0e\x66ormat_summary\x18\x06 \x01(\t\x12(\n\x05pages\x18\x07 \x01(\x0b\x32\x19.tandem.handoff.v1.Region\x12(\n\x05slots\x18\x08 \x01(\x0b\x32\x19.tandem.handoff.v1.Region\x12\x15\n\rlease_seconds\x18\t \x01(\x01\"C\n\x06Region\x12\x14\n\x0c\x62\x61se_address\x18\x01 \x01(\x06\x12\x14\n\x0cstride_bytes\x18\x02 \x01(\x04\x12\r\n\x05\x63ount\x18\x03 \x01(\r\"\xf5\x01\n\tToPrefill\x12)\n\x05hello\x18\x01 \x01(\x0b\x32\x18.tandem.handoff.v1.HelloH\x00\x12)\n\x05\x63laim\x18\x02 \x01(\x0b\x32\x18.tandem.handoff.v1.ClaimH\x00\x12)\n\x05renew\x18\x03 \x01(\x0b\x32\x18.tandem.handoff.v1.RenewH\x00\x12-\n\x07\x66\x65tched\x18\x04 \x01(\x0b\x32\x1a.tandem.handoff.v1.FetchedH\x00\x12-\n\x07release\x18\x05 \x01(\x0b\x32\x1a.tandem.handoff.v1.ReleaseH\x00\x42\t\n\x07message\"\xc9\x01\n\x08ToDecode\x12)\n\x05hello\x18\x01 \x01(\x0b\x32\x18.tandem.handoff.v1.HelloH\x00\x12/\n\x08progress\x18\x02 \x01(\x0b\x32\x1b.tandem.handoff.v1.ProgressH\x00\x12)\n\x05ready\x18\x03 \x01(\x0b\x32\x18.tandem.handoff.v1.ReadyH\x00\x12+\n\x06refuse\x18\x04 \x01(\x0b\x32\x19.tandem.handoff.v1.RefuseH\x00\x42\t\n\x07message\"y\n\x05\x43laim\x12\x13\n\x0btransfer_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\x04\x12\x0b\n\x03\x61sk\x18\x03 \x01(\x04\x12\x14\n\x0csource_epoch\x18\x04 \x01(\t\x12\x12\n\nnum_tokens\x18\x05 \x01(\r\x12\x13\n\x0bprompt_hash\x18\x06 \x01(\x0c\":\n\x05Renew\x12\x13\n\x0btransfer_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\x04\x12\x0b\n\x03\x61sk\x18\x03 \x01(\x04\"/\n\x07\x46\x65tched\x12\x13\n\x0btransfer_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\x04\"?\n\x07Release\x12\x13\n\x0btransfer_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\x04\x12\x0e\n\x06reason\x18\x03 \x01(\t\"%\n\x05Lease\x12\x0b\n\x03\x61sk\x18\x01 \x01(\x04\x12\x0f\n\x07seconds\x18\x02 \x01(\x01\"|\n\x08Progress\x12\x13\n\x0btransfer_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\x04\x12\'\n\x05lease\x18\x03 \x01(\x0b\x32\x18.tandem.handoff.v1.Lease\x12\x12\n\nfirst_page\x18\x04 \x01(\r\x12\r\n\x05pages\x18\x05 \x03(\r\"\x8f\x02\n\x05Ready\x12\x13\n\x0btransfer_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\x04\x12\'\n\x05lease\x18\x03 \x01(\x0b\x32\x18.tandem.handoff.v1.Lease\x12\x12\n\nfirst_page\x18\x04 \x01(\r\x12\r\n\x05pages\x18\x05 \x03(\r\x12\x0c\n\x04slot\x18\x06 \x01(\r\x12\x0f\n\x07payload\x18\x07 \x01(\x0c\x12\x13\n\x0bprompt_hash\x18\x08 \x01(\x0c\x12\x33\n\x0epage_checksums\x18\t \x03(\x0b\x32\x1b.tandem.handoff.v1.Checksum\x12\x15\n\rslot_checksum\x18\n \x01(\x06\x12\x14\n\x0cslot_checked\x18\x0b \x01(\x08\"*\n\x08\x43hecksum\x12\x10\n\x08position\x18\x01 \x01(\r\x12\x0c\n\x04xxh3\x18\x02 \x01(\x06\"Q\n\x06Refuse\x12\x13\n\x0btransfer_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\x04\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x11\n\tretryable\x18\x04 \x01(\x08\x32T\n\x07Handoff\x12I\n\x08\x43onverse\x12\x1c.tandem.handoff.v1.ToPrefill\x1a\x1b.tandem.handoff.v1.ToDecode(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13proto/handoff.proto\x12\x11tandem.handoff.v1\"\x94\x02\n\x05Hello\x12\r\n\x05\x65poch\x18\x01 \x01(\t\x12\x12\n\nsession_id\x18\x02 \x01(\t\x12\x11\n\ttransport\x18\x03 \x01(\t\x12\x16\n\x0e\x65ngine_version\x18\x04 \x01(\t\x12\x15\n\rformat_digest\x18\x05 \x01(\t\x12\x16\n\x0e\x66ormat_summary\x18\x06 \x01(\t\x12(\n\x05pages\x18\x07 \x01(\x0b\x32\x19.tandem.handoff.v1.Region\x12(\n\x05slots\x18\x08 \x01(\x0b\x32\x19.tandem.handoff.v1.Region\x12\x15\n\rlease_seconds\x18\t \x01(\x01\x12\x11\n\tlane_port\x18\n \x01(\r\x12\x10\n\x08lane_key\x18\x0b \x01(\x0c\"C\n\x06Region\x12\x14\n\x0c\x62\x61se_address\x18\x01 \x01(\x06\x12\x14\n\x0cstride_bytes\x18\x02 \x01(\x04\x12\r\n\x05\x63ount\x18\x03 \x01(\r\"\xf5\x01\n\tToPrefill\x12)\n\x05hello\x18\x01 \x01(\x0b\x32\x18.tandem.handoff.v1.HelloH\x00\x12)\n\x05\x63laim\x18\x02 \x01(\x0b\x32\x18.tandem.handoff.v1.ClaimH\x00\x12)\n\x05renew\x18\x03 \x01(\x0b\x32\x18.tandem.handoff.v1.RenewH\x00\x12-\n\x07\x66\x65tched\x18\x04 \x01(\x0b\x32\x1a.tandem.handoff.v1.FetchedH\x00\x12-\n\x07release\x18\x05 \x01(\x0b\x32\x1a.tandem.handoff.v1.ReleaseH\x00\x42\t\n\x07message\"\xc9\x01\n\x08ToDecode\x12)\n\x05hello\x18\x01 \x01(\x0b\x32\x18.tandem.handoff.v1.HelloH\x00\x12/\n\x08progress\x18\x02 \x01(\x0b\x32\x1b.tandem.handoff.v1.ProgressH\x00\x12)\n\x05ready\x18\x03 \x01(\x0b\x32\x18.tandem.handoff.v1.ReadyH\x00\x12+\n\x06refuse\x18\x04 \x01(\x0b\x32\x19.tandem.handoff.v1.RefuseH\x00\x42\t\n\x07message\"y\n\x05\x43laim\x12\x13\n\x0btransfer_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\x04\x12\x0b\n\x03\x61sk\x18\x03 \x01(\x04\x12\x14\n\x0csource_epoch\x18\x04 \x01(\t\x12\x12\n\nnum_tokens\x18\x05 \x01(\r\x12\x13\n\x0bprompt_hash\x18\x06 \x01(\x0c\":\n\x05Renew\x12\x13\n\x0btransfer_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\x04\x12\x0b\n\x03\x61sk\x18\x03 \x01(\x04\"/\n\x07\x46\x65tched\x12\x13\n\x0btransfer_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\x04\"?\n\x07Release\x12\x13\n\x0btransfer_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\x04\x12\x0e\n\x06reason\x18\x03 \x01(\t\"%\n\x05Lease\x12\x0b\n\x03\x61sk\x18\x01 \x01(\x04\x12\x0f\n\x07seconds\x18\x02 \x01(\x01\"|\n\x08Progress\x12\x13\n\x0btransfer_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\x04\x12\'\n\x05lease\x18\x03 \x01(\x0b\x32\x18.tandem.handoff.v1.Lease\x12\x12\n\nfirst_page\x18\x04 \x01(\r\x12\r\n\x05pages\x18\x05 \x03(\r\"\x8f\x02\n\x05Ready\x12\x13\n\x0btransfer_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\x04\x12\'\n\x05lease\x18\x03 \x01(\x0b\x32\x18.tandem.handoff.v1.Lease\x12\x12\n\nfirst_page\x18\x04 \x01(\r\x12\r\n\x05pages\x18\x05 \x03(\r\x12\x0c\n\x04slot\x18\x06 \x01(\r\x12\x0f\n\x07payload\x18\x07 \x01(\x0c\x12\x13\n\x0bprompt_hash\x18\x08 \x01(\x0c\x12\x33\n\x0epage_checksums\x18\t \x03(\x0b\x32\x1b.tandem.handoff.v1.Checksum\x12\x15\n\rslot_checksum\x18\n \x01(\x06\x12\x14\n\x0cslot_checked\x18\x0b \x01(\x08\"*\n\x08\x43hecksum\x12\x10\n\x08position\x18\x01 \x01(\r\x12\x0c\n\x04xxh3\x18\x02 \x01(\x06\"Q\n\x06Refuse\x12\x13\n\x0btransfer_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\x04\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x11\n\tretryable\x18\x04 \x01(\x08\x32T\n\x07Handoff\x12I\n\x08\x43onverse\x12\x1c.tandem.handoff.v1.ToPrefill\x1a\x1b.tandem.handoff.v1.ToDecode(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -32,31 +32,31 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'proto.handoff_pb2', _global
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_HELLO']._serialized_start=43
-  _globals['_HELLO']._serialized_end=282
-  _globals['_REGION']._serialized_start=284
-  _globals['_REGION']._serialized_end=351
-  _globals['_TOPREFILL']._serialized_start=354
-  _globals['_TOPREFILL']._serialized_end=599
-  _globals['_TODECODE']._serialized_start=602
-  _globals['_TODECODE']._serialized_end=803
-  _globals['_CLAIM']._serialized_start=805
-  _globals['_CLAIM']._serialized_end=926
-  _globals['_RENEW']._serialized_start=928
-  _globals['_RENEW']._serialized_end=986
-  _globals['_FETCHED']._serialized_start=988
-  _globals['_FETCHED']._serialized_end=1035
-  _globals['_RELEASE']._serialized_start=1037
-  _globals['_RELEASE']._serialized_end=1100
-  _globals['_LEASE']._serialized_start=1102
-  _globals['_LEASE']._serialized_end=1139
-  _globals['_PROGRESS']._serialized_start=1141
-  _globals['_PROGRESS']._serialized_end=1265
-  _globals['_READY']._serialized_start=1268
-  _globals['_READY']._serialized_end=1539
-  _globals['_CHECKSUM']._serialized_start=1541
-  _globals['_CHECKSUM']._serialized_end=1583
-  _globals['_REFUSE']._serialized_start=1585
-  _globals['_REFUSE']._serialized_end=1666
-  _globals['_HANDOFF']._serialized_start=1668
-  _globals['_HANDOFF']._serialized_end=1752
+  _globals['_HELLO']._serialized_end=319
+  _globals['_REGION']._serialized_start=321
+  _globals['_REGION']._serialized_end=388
+  _globals['_TOPREFILL']._serialized_start=391
+  _globals['_TOPREFILL']._serialized_end=636
+  _globals['_TODECODE']._serialized_start=639
+  _globals['_TODECODE']._serialized_end=840
+  _globals['_CLAIM']._serialized_start=842
+  _globals['_CLAIM']._serialized_end=963
+  _globals['_RENEW']._serialized_start=965
+  _globals['_RENEW']._serialized_end=1023
+  _globals['_FETCHED']._serialized_start=1025
+  _globals['_FETCHED']._serialized_end=1072
+  _globals['_RELEASE']._serialized_start=1074
+  _globals['_RELEASE']._serialized_end=1137
+  _globals['_LEASE']._serialized_start=1139
+  _globals['_LEASE']._serialized_end=1176
+  _globals['_PROGRESS']._serialized_start=1178
+  _globals['_PROGRESS']._serialized_end=1302
+  _globals['_READY']._serialized_start=1305
+  _globals['_READY']._serialized_end=1576
+  _globals['_CHECKSUM']._serialized_start=1578
+  _globals['_CHECKSUM']._serialized_end=1620
+  _globals['_REFUSE']._serialized_start=1622
+  _globals['_REFUSE']._serialized_end=1703
+  _globals['_HANDOFF']._serialized_start=1705
+  _globals['_HANDOFF']._serialized_end=1789
 # @@protoc_insertion_point(module_scope)

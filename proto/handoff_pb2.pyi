@@ -7,7 +7,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class Hello(_message.Message):
-    __slots__ = ("epoch", "session_id", "transport", "engine_version", "format_digest", "format_summary", "pages", "slots", "lease_seconds")
+    __slots__ = ("epoch", "session_id", "transport", "engine_version", "format_digest", "format_summary", "pages", "slots", "lease_seconds", "lane_port", "lane_key")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     TRANSPORT_FIELD_NUMBER: _ClassVar[int]
@@ -17,6 +17,8 @@ class Hello(_message.Message):
     PAGES_FIELD_NUMBER: _ClassVar[int]
     SLOTS_FIELD_NUMBER: _ClassVar[int]
     LEASE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    LANE_PORT_FIELD_NUMBER: _ClassVar[int]
+    LANE_KEY_FIELD_NUMBER: _ClassVar[int]
     epoch: str
     session_id: str
     transport: str
@@ -26,7 +28,9 @@ class Hello(_message.Message):
     pages: Region
     slots: Region
     lease_seconds: float
-    def __init__(self, epoch: _Optional[str] = ..., session_id: _Optional[str] = ..., transport: _Optional[str] = ..., engine_version: _Optional[str] = ..., format_digest: _Optional[str] = ..., format_summary: _Optional[str] = ..., pages: _Optional[_Union[Region, _Mapping]] = ..., slots: _Optional[_Union[Region, _Mapping]] = ..., lease_seconds: _Optional[float] = ...) -> None: ...
+    lane_port: int
+    lane_key: bytes
+    def __init__(self, epoch: _Optional[str] = ..., session_id: _Optional[str] = ..., transport: _Optional[str] = ..., engine_version: _Optional[str] = ..., format_digest: _Optional[str] = ..., format_summary: _Optional[str] = ..., pages: _Optional[_Union[Region, _Mapping]] = ..., slots: _Optional[_Union[Region, _Mapping]] = ..., lease_seconds: _Optional[float] = ..., lane_port: _Optional[int] = ..., lane_key: _Optional[bytes] = ...) -> None: ...
 
 class Region(_message.Message):
     __slots__ = ("base_address", "stride_bytes", "count")

@@ -73,7 +73,7 @@ class Bench:
 
     def start(self, count: int, session_id: str = "peer:1") -> ReadGroup:
         pieces = [Piece(4096 * (n + 1), 8192 * (n + 1), 4096) for n in range(count)]
-        group = ReadGroup(session_id, pieces, self._on_end)
+        group = ReadGroup(session_id, pieces, 4096, self._on_end)
         self.reader.start(group)
         return group
 

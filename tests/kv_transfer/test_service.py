@@ -6,6 +6,7 @@ import grpc
 import grpc.aio
 import pytest
 
+from kv_transfer.lane import open_lane
 from proto import handoff_pb2 as pb
 from proto import handoff_pb2_grpc as pb_grpc
 
@@ -18,8 +19,11 @@ def prefill(spawn_peer):
     return spawn_peer(connect_timeout_s=0.5, lease_s=1.0, lease_margin_s=0.2)
 
 
-async def converse(address: str, *messages: pb.ToPrefill, keep_open_s: float = 5.0):
-    """Say these things, hear everything until the service ends the stream: (answers, status, details)."""
+async def converse(address: str, *messages: pb.ToPrefill, lane: tuple[bytes, ...] = (), keep_open_s: float = 5.0):
+    """Say these things, hear everything until the service ends the stream: (answers, status, details).
+
+    lane: what is said on the lane that the answer to Hello offers.
+    """
     answers = []
     async with grpc.aio.insecure_channel(address) as channel:
         call = pb_grpc.HandoffStub(channel).Converse(timeout=keep_open_s)
@@ -28,6 +32,11 @@ async def converse(address: str, *messages: pb.ToPrefill, keep_open_s: float = 5
                 await call.write(message)
             while (answer := await call.read()) is not grpc.aio.EOF:
                 answers.append(answer)
+                if lane:
+                    host, _, _ = address.rpartition(":")
+                    opened = await open_lane(host, answer.hello.lane_port, answer.hello.lane_key, None)
+                    for frame in lane:
+                        opened.send(frame)
         except grpc.aio.AioRpcError:
             pass
         return answers, await call.code(), await call.details()
@@ -56,36 +65,56 @@ async def test_an_incompatible_rank_is_told_what_differs(prefill):
     assert "tcp here, rdma at h:1" in details
 
 
-@pytest.mark.parametrize("nonsense", ["nothing", "no id", "second hello"])
-async def test_nonsense_after_hello_ends_the_stream_and_frees_its_claim(prefill, spawn_peer, nonsense):
-    hello = pb.Hello(
-        epoch="e",
-        session_id="h:1",
-        transport="tcp",
-        engine_version="mooncake 0.3.14",
-        format_digest=prefill.format_digest,
-        pages=REGION,
-        slots=pb.Region(base_address=4096, stride_bytes=1 << 18, count=4),
-        lease_seconds=1.0,
+def hello_to(prefill) -> pb.ToPrefill:
+    return pb.ToPrefill(
+        hello=pb.Hello(
+            epoch="e",
+            session_id="h:1",
+            transport="tcp",
+            engine_version="mooncake 0.3.14",
+            format_digest=prefill.format_digest,
+            pages=REGION,
+            slots=pb.Region(base_address=4096, stride_bytes=1 << 18, count=4),
+            lease_seconds=1.0,
+        )
     )
+
+
+@pytest.mark.parametrize("nonsense", ["nothing", "no id", "second hello", "no message"])
+async def test_nonsense_after_hello_ends_the_conversation_and_frees_its_claim(prefill, spawn_peer, nonsense):
     bad = {
-        "nothing": pb.ToPrefill(),
-        "no id": pb.ToPrefill(claim=pb.Claim(transfer_id="", num_tokens=1)),
-        "second hello": pb.ToPrefill(hello=hello),
+        "nothing": pb.ToPrefill().SerializeToString(),
+        "no id": pb.ToPrefill(claim=pb.Claim(transfer_id="", num_tokens=1)).SerializeToString(),
+        "second hello": hello_to(prefill).SerializeToString(),
+        "no message": b"\xff\xff\xff",
     }
     prefill.send("t", 10, [0], 0)
-    claim = pb.Claim(transfer_id="t", attempt=1, ask=1, num_tokens=10, prompt_hash=b"hash")
+    claim = pb.ToPrefill(claim=pb.Claim(transfer_id="t", attempt=1, ask=1, num_tokens=10, prompt_hash=b"hash"))
     answers, code, _ = await converse(
-        prefill.address, pb.ToPrefill(hello=hello), pb.ToPrefill(claim=claim), bad[nonsense]
+        prefill.address, hello_to(prefill), lane=(claim.SerializeToString(), bad[nonsense])
     )
     assert code is grpc.StatusCode.INVALID_ARGUMENT
-    assert answers[0].hello.epoch == prefill.epoch
+    assert [answer.hello.epoch for answer in answers] == [prefill.epoch]
     prefill.audit()
     decode = spawn_peer()
     decode.receive("t", prefill, 10, [0], 0)
     decode.events("Received")
     prefill.events("SendEnded")
     prefill.audit()
+
+
+async def test_a_stream_without_a_lane_is_ended_after_the_deadline(prefill):
+    answers, code, details = await converse(prefill.address, hello_to(prefill))
+    assert len(answers) == 1
+    assert code is grpc.StatusCode.INVALID_ARGUMENT
+    assert "no lane within 0.5 s of Hello" in details
+
+
+async def test_a_claim_on_the_stream_instead_of_the_lane_ends_the_conversation(prefill):
+    claim = pb.ToPrefill(claim=pb.Claim(transfer_id="t", attempt=1, ask=1, num_tokens=10))
+    _, code, details = await converse(prefill.address, hello_to(prefill), claim, lane=(claim.SerializeToString(),))
+    assert code is grpc.StatusCode.INVALID_ARGUMENT
+    assert "the lane is where to speak" in details
 
 
 def tls(prefix: str = "", ca: str = "") -> dict[str, str]:

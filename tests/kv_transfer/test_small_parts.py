@@ -14,7 +14,7 @@ from kv_transfer.format import StateFormat
 from kv_transfer.hello import disagreement
 from kv_transfer.lease import ReaderLease
 from kv_transfer.messages import Checksums, Hello
-from kv_transfer.pieces import Piece, merge_and_split, plan_records
+from kv_transfer.pieces import Piece, plan_records, split
 from kv_transfer.quarantine import Quarantine
 from kv_transfer.regions import HOST_MEMORY, MemoryRegion
 from kv_transfer.remembered import Remembered
@@ -113,7 +113,7 @@ REMOTE = MemoryRegion(1 << 30, 1000, 64)
 )
 def test_pieces_cover_every_byte_once_and_stay_small(pairs, max_bytes):
     mine, theirs = [a for a, _ in pairs], [b for _, b in pairs]
-    pieces = merge_and_split(plan_records(REGION, mine, REMOTE, theirs), max_bytes)
+    pieces = split(plan_records(REGION, mine, REMOTE, theirs), max_bytes)
     covered = {}
     for piece in pieces:
         assert 0 < piece.num_bytes <= max_bytes
@@ -125,18 +125,21 @@ def test_pieces_cover_every_byte_once_and_stay_small(pairs, max_bytes):
 
 
 def test_neighbours_become_one_read_and_a_large_record_several():
-    assert merge_and_split(plan_records(REGION, [3, 4, 5], REMOTE, [7, 8, 9]), 1 << 16) == [
-        Piece(REGION.address(3), REMOTE.address(7), 3000)
-    ]
-    assert len(merge_and_split(plan_records(REGION, [3, 4, 5], REMOTE, [9, 8, 7]), 1 << 16)) == 3
-    parts = merge_and_split([Piece(4096, 8192, 4_500_000)], 1 << 20)
+    assert plan_records(REGION, [3, 4, 5], REMOTE, [7, 8, 9]) == [Piece(REGION.address(3), REMOTE.address(7), 3000)]
+    assert len(plan_records(REGION, [3, 4, 5], REMOTE, [9, 8, 7])) == 3
+    assert len(plan_records(REGION, [3, 4, 6], REMOTE, [7, 8, 9])) == 2
+    parts = list(split([Piece(4096, 8192, 4_500_000)], 1 << 20))
     assert len(parts) == 5
     assert max(part.num_bytes for part in parts) - min(part.num_bytes for part in parts) < 5 * 4096
 
 
 def test_a_record_outside_its_region_is_refused():
     with pytest.raises(ValueError, match="record 64 of a region of 64"):
-        list(plan_records(REGION, [0], REMOTE, [64]))
+        plan_records(REGION, [0], REMOTE, [64])
+    with pytest.raises(ValueError, match="record 64 of a region of 64"):
+        plan_records(REGION, [0, 1], REMOTE, [63, 64])
+    with pytest.raises(ValueError, match="record -1 of a region of 64"):
+        plan_records(REGION, [-1], REMOTE, [0])
 
 
 FORMAT = StateFormat(

@@ -1,6 +1,5 @@
 import msgspec
 import pytest
-from google.protobuf.message import DecodeError
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -25,6 +24,8 @@ hellos = st.builds(
     pages=regions,
     slots=regions,
     lease_s=st.floats(0.001, 86000),
+    lane_port=st.integers(0, 65535),
+    lane_key=st.binary(max_size=32),
 )
 checksums = st.builds(messages.Checksums, st.none() | u64, st.lists(st.tuples(u32, u64), max_size=9).map(tuple))
 to_prefill = st.one_of(
@@ -89,6 +90,13 @@ def test_what_is_not_a_legal_message_to_prefill_is_refused(message):
         wire.decode_to_prefill(message)
 
 
+def test_a_lane_at_an_impossible_port_is_refused():
+    region = pb.Region(base_address=1, stride_bytes=1, count=1)
+    hello = pb.Hello(epoch="e", session_id="h:1", pages=region, slots=region, lease_seconds=1.0, lane_port=65536)
+    with pytest.raises(wire.WireError, match="65536 is not a port"):
+        wire.decode_to_decode(pb.ToDecode(hello=hello))
+
+
 @pytest.mark.parametrize("seconds", [0.0, -1.0, 1e9, float("nan"), float("inf")])
 def test_a_lease_without_a_sensible_length_is_refused(seconds):
     with pytest.raises(wire.WireError, match="a lease of"):
@@ -98,11 +106,7 @@ def test_a_lease_without_a_sensible_length_is_refused(seconds):
 @given(st.binary(max_size=200))
 def test_random_bytes_are_refused_or_decoded_but_never_crash(data):
     try:
-        message = pb.ToDecode.FromString(data)
-    except DecodeError:
-        return
-    try:
-        decoded = wire.decode_to_decode(message)
+        decoded = wire.decode_to_decode(wire.parse(pb.ToDecode, data))
     except wire.WireError:
         return
     assert isinstance(decoded, msgspec.Struct)
