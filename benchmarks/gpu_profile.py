@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from model.config import ModelConfig
 
-SEAMS = ("_post_kernel", "hyper_seam")
+SEAMS = ("_post_kernel", "hyper_project")
 """Kernels that begin a sublayer, by part of their name."""
 TOP = 28
 """Kernels listed among the dearest."""

@@ -1,4 +1,4 @@
-"""Hyper-connections on Hopper GPUs in one launch (kernels/cuda/hyper_seam.cu).
+"""Hyper-connections on Hopper GPUs in two launches (kernels/cuda/hyper_seam.cu).
 
 T tokens, S = 4 streams, D hidden (a multiple of 1024, at most 8192), streams bf16.
 """
@@ -7,22 +7,22 @@ from __future__ import annotations
 
 from ctypes import c_float, c_int64
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from kernels import cuda_build
 from kernels.activations import Activations
-from kernels.hyper_connection import HyperSettings, HyperWeights, Mix, MixLogits
+from kernels.hyper_connection import HyperSettings, HyperWeights, Mix
 from kernels.quantize import QuantizedRows
 from kernels.triton_quantize import scale_stride
 
 STREAMS, MIXES = 4, 24
-LOGITS = MIXES - STREAMS
 GROUP = 128
 """Channels that share a scale."""
-FEW_TOKENS = 128
-"""Up to here a cluster takes eight tokens, beyond sixteen: then fn is read half as often."""
+SLICE, PART_COLUMNS = 256, 32
+"""Channels of a CTA, and floats of a token's sums over them."""
 
 
 def fits(streams: Tensor, weights: HyperWeights) -> bool:
@@ -62,44 +62,61 @@ def _packed_rows(fn: Tensor) -> Tensor:
     key = (id(fn), fn._version)
     if key not in _packed:
         _packed[key] = (fn, pack_rows(fn))
+        torch.cuda.current_stream(fn.device).synchronize()  # the kernel reads it before what the stream had has ended
     return _packed[key][1]
 
 
-def tiles_for(num_tokens: int) -> int:
-    """Tiles of eight tokens that a cluster takes. Changes speed only."""
-    return 1 if num_tokens <= FEW_TOKENS else 2
+class Division(NamedTuple):
+    """How the work is divided; changes speed only."""
+
+    tiles: int
+    """Of eight tokens, to a CTA that writes: 2 or 4."""
+    chunks: int
+    """Of eight channels, to a thread that reads: 1, up to 4,096 channels, or 2."""
+
+
+def division_of(num_tokens: int, hidden: int) -> Division:
+    """The fastest of those measured: docs/kernels.md."""
+    few = num_tokens <= 256
+    return Division(2 if few else 4, 1 if few and hidden <= 4096 else 2)
 
 
 def _launch(
     output: Tensor | None,
     streams: Tensor,
-    mix: MixLogits | None,
+    mix: Mix | None,
     new: Tensor | None,
     weights: HyperWeights,
     norm_weight: Tensor,
     settings: HyperSettings,
     quantize: bool,
-    tiles: int | None,
-) -> tuple[Activations, MixLogits]:
+    division: Division | None,
+) -> tuple[Activations, Mix]:
     library = cuda_build.load("hyper_seam")
     (num_tokens, _, hidden), device = streams.shape, streams.device
+
+    def floats(*shape: int) -> Tensor:
+        return torch.empty(*shape, dtype=torch.float32, device=device)
+
     inputs = torch.empty(num_tokens, hidden, dtype=streams.dtype, device=device)
-    following = torch.empty(num_tokens, LOGITS, dtype=torch.float32, device=device)
+    following = Mix(floats(num_tokens, STREAMS), floats(num_tokens, STREAMS, STREAMS))
+    parts = floats(num_tokens, hidden // SLICE, PART_COLUMNS)
     codes = scales = quantized = None
     if quantize:
         codes = torch.empty(num_tokens, hidden, dtype=torch.float8_e4m3fn, device=device)
-        scales = torch.empty(hidden // GROUP, scale_stride(num_tokens), dtype=torch.float32, device=device)
+        scales = floats(hidden // GROUP, scale_stride(num_tokens))
         quantized = QuantizedRows(codes, scales)
     at = cuda_build.address
     error = library.hyper_seam(
-        at(output), at(streams), at(mix.values if mix else None), at(_packed_rows(weights.fn)), at(weights.scale),
-        at(weights.base), at(norm_weight), at(new), at(inputs), at(codes), at(scales), at(following),
+        at(output), at(streams), at(mix.post_TS if mix else None), at(mix.comb_TSS if mix else None),
+        at(_packed_rows(weights.fn)), at(weights.scale), at(weights.base), at(norm_weight), at(new), at(inputs),
+        at(codes), at(scales), at(following.post_TS), at(following.comb_TSS), at(parts),
         c_int64(0 if scales is None else scales.stride(0)), num_tokens, hidden, settings.iterations,
-        c_float(settings.hc_eps), c_float(settings.norm_eps), tiles or tiles_for(num_tokens),
+        c_float(settings.hc_eps), c_float(settings.norm_eps), *(division or division_of(num_tokens, hidden)),
         cuda_build.stream(device),
     )  # fmt: skip
     cuda_build.check(error, f"hyper_seam({num_tokens} tokens of {hidden} channels)")
-    return Activations(inputs, quantized), MixLogits(following)
+    return Activations(inputs, quantized), following
 
 
 def hyper_pre_gpu(
@@ -109,38 +126,26 @@ def hyper_pre_gpu(
     settings: HyperSettings,
     *,
     quantize: bool = False,
-    tiles: int | None = None,
-) -> tuple[Activations, MixLogits]:
+    division: Division | None = None,
+) -> tuple[Activations, Mix]:
     """kernels.hyper_connection.hyper_pre."""
-    return _launch(None, streams, None, None, weights, norm_weight, settings, quantize, tiles)
+    return _launch(None, streams, None, None, weights, norm_weight, settings, quantize, division)
 
 
 def hyper_post_pre_gpu(
     output: Tensor,
     streams: Tensor,
-    mix: MixLogits,
+    mix: Mix,
     weights: HyperWeights,
     norm_weight: Tensor,
     settings: HyperSettings,
     *,
     quantize: bool = False,
-    tiles: int | None = None,
-) -> tuple[Tensor, Activations, MixLogits]:
+    division: Division | None = None,
+) -> tuple[Tensor, Activations, Mix]:
     """kernels.hyper_connection.hyper_post_pre."""
     new = torch.empty_like(streams)
-    inputs, following = _launch(output.contiguous(), streams, mix, new, weights, norm_weight, settings, quantize, tiles)
+    inputs, following = _launch(
+        output.contiguous(), streams, mix, new, weights, norm_weight, settings, quantize, division
+    )
     return new, inputs, following
-
-
-def mix_of_logits(mix: MixLogits, settings: HyperSettings) -> Mix:
-    """Gates and Sinkhorn, for whoever writes back without a seam."""
-    num_tokens, device = mix.values.shape[0], mix.values.device
-    post = torch.empty(num_tokens, STREAMS, dtype=torch.float32, device=device)
-    comb = torch.empty(num_tokens, STREAMS, STREAMS, dtype=torch.float32, device=device)
-    at = cuda_build.address
-    error = cuda_build.load("hyper_seam").hyper_mix_of_logits(
-        at(mix.values), at(post), at(comb), num_tokens, settings.iterations, c_float(settings.hc_eps),
-        cuda_build.stream(device),
-    )  # fmt: skip
-    cuda_build.check(error, f"hyper_mix_of_logits({num_tokens} tokens)")
-    return Mix(post, comb)

@@ -52,13 +52,6 @@ class Mix(NamedTuple):
     comb_TSS: Tensor
 
 
-class MixLogits(NamedTuple):
-    """The same before its gates and Sinkhorn, as the Hopper kernel leaves it to the next seam."""
-
-    values: Tensor
-    """float32 [T, S + S S]: b, then c."""
-
-
 def sinkhorn_ref(logits_TSS: Tensor, iterations: int, eps: float) -> Tensor:
     """Row softmax, then alternating column and row normalisations; `iterations` column steps, the last step is one."""
     m = logits_TSS.softmax(-1) + eps
@@ -143,7 +136,7 @@ def _fits_triton(streams: Tensor) -> bool:
 
 
 def _fits_hopper(streams: Tensor, weights: HyperWeights) -> bool:
-    """One launch for all of it."""
+    """Two launches for all of it, one that writes back and one that makes the input."""
     if not streams.is_cuda:
         return False
     from kernels.gpu_hyper_connection import fits
@@ -153,7 +146,7 @@ def _fits_hopper(streams: Tensor, weights: HyperWeights) -> bool:
 
 def hyper_pre(
     streams: Tensor, weights: HyperWeights, norm_weight: Tensor, settings: HyperSettings, *, quantize: bool = False
-) -> tuple[Activations, Mix | MixLogits]:
+) -> tuple[Activations, Mix]:
     """quantize: make the input's e4m3 form too, where that costs little; others leave it to the products."""
     if _fits_hopper(streams, weights):
         from kernels.gpu_hyper_connection import hyper_pre_gpu
@@ -168,11 +161,7 @@ def hyper_pre(
     return Activations(inputs), mix
 
 
-def hyper_post(output: Tensor, streams: Tensor, mix: Mix | MixLogits, settings: HyperSettings) -> Tensor:
-    if isinstance(mix, MixLogits):
-        from kernels.gpu_hyper_connection import mix_of_logits
-
-        mix = mix_of_logits(mix, settings)
+def hyper_post(output: Tensor, streams: Tensor, mix: Mix) -> Tensor:
     if _fits_triton(streams):
         from kernels.triton_hyper_connection import hyper_post_triton
 
@@ -183,21 +172,21 @@ def hyper_post(output: Tensor, streams: Tensor, mix: Mix | MixLogits, settings: 
 def hyper_post_pre(
     output: Tensor,
     streams: Tensor,
-    mix: Mix | MixLogits,
+    mix: Mix,
     weights: HyperWeights,
     norm_weight: Tensor,
     settings: HyperSettings,
     *,
     quantize: bool = False,
-) -> tuple[Tensor, Activations, Mix | MixLogits]:
+) -> tuple[Tensor, Activations, Mix]:
     """The seam between two sublayers: writes one's output back and reads the next one's input; `quantize` as above.
 
     -> (streams, normed input, mix of the next sublayer)."""
-    if isinstance(mix, MixLogits):
+    if _fits_hopper(streams, weights):
         from kernels.gpu_hyper_connection import hyper_post_pre_gpu
 
         return hyper_post_pre_gpu(output, streams, mix, weights, norm_weight, settings, quantize=quantize)
-    streams = hyper_post(output, streams, mix, settings)
+    streams = hyper_post(output, streams, mix)
     inputs, following = hyper_pre(streams, weights, norm_weight, settings)
     return streams, inputs, following
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kernels.activations import Activations
-from kernels.hyper_connection import HyperSettings, Mix, MixLogits, hyper_head, hyper_post, hyper_post_pre, hyper_pre
+from kernels.hyper_connection import HyperSettings, Mix, hyper_head, hyper_post, hyper_post_pre, hyper_pre
 from kernels.rms_norm import rms_norm
 from model.attention import Attention
 from model.batch import ForwardBatch
@@ -189,7 +189,7 @@ class Transformer:
         config, settings = self.config, self._hyper
         streams = self.embed.value[token_ids][:, None].expand(-1, config.hc_mult, -1).contiguous()
         output: Tensor | None = None
-        mix: Mix | MixLogits | None = None
+        mix: Mix | None = None
         for layer, layer_state in zip(self.layers, state.layers[: config.num_hidden_layers], strict=True):
             for connection, norm, sublayer in layer.sublayers():
                 weights = connection.weights
@@ -202,4 +202,4 @@ class Transformer:
                 output = sublayer(x, layer_state, context)
         assert output is not None
         assert mix is not None
-        return hyper_post(output, streams, mix, settings)
+        return hyper_post(output, streams, mix)

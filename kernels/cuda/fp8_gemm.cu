@@ -2,12 +2,14 @@
 // x e4m3 rows with a float32 scale per row and 128 channels, W e4m3 with an E8M0 scale per 128 x 128 tile. y as bf16; or those
 // values as e4m3 rows with scales, ready for the next product; or as heads of 512 channels with RMS norm and rotation.
 //
-// Persistent CTAs walk output tiles. One warp copies 128 channels of rows and weights a stage; one or two consumer warpgroups
-// multiply them in pieces of 64 x 128, sum 128 channels in the tensor cores and those sums, scaled, in float32 registers. CTAs of a
-// cluster are neighbours along the outputs: they share rows, of which each copies a part for all. An element's sum has one order,
-// whatever the tile: results do not depend on the number of rows.
+// Persistent CTAs walk output tiles. Three threads copy 128 channels a stage: one the weights, which no launch writes, so it does not
+// wait for the launch before, one the rows and one their scales; a single thread that asks for all sets the pace for few rows. One or
+// two consumer warpgroups multiply them in pieces of 64 x 128, sum 128 channels in the tensor cores and those sums, scaled, in float32
+// registers. CTAs of a cluster are neighbours along the outputs: they share rows, of which each copies a part for all. An element's
+// sum has one order, whatever the tile: results do not depend on the number of rows.
 // Bound by the read of the weight for few rows, by the FP8 tensor cores for many.
 
+#include "early_launch.cuh"
 #include "gemm_output.cuh"
 #include "tensor_map.cuh"
 
@@ -18,7 +20,8 @@ using namespace hopper;
 constexpr int kBlockK = 128;
 constexpr int kMaxBlocks = 64;  // of 128 channels: a warp keeps the weight scales of a tile in two registers a lane
 constexpr int kSharedLimit = 227 * 1024;
-constexpr int kMaxStages = 12;
+constexpr int kMaxStages = 18;
+constexpr int kCopies = 3;  // of a stage, by a thread each
 constexpr int kAlignment = 1024;  // of a tile of 128-byte rows under the 128-byte swizzle
 
 constexpr int least(int a, int b) { return a < b ? a : b; }
@@ -133,7 +136,7 @@ fp8_gemm_kernel(const __grid_constant__ CUtensorMap rows_map, const __grid_const
     prefetch_map(&weights_map);
     prefetch_map(&output_map);
     for (int s = 0; s < P::kStages; ++s) {
-      barrier_init(&full[s], 1);
+      barrier_init(&full[s], kCopies);
       barrier_init(&empty[s], CLUSTER * (P::kConsumers / 32));
     }
     if constexpr (RESULT == kHeads)
@@ -149,34 +152,52 @@ fp8_gemm_kernel(const __grid_constant__ CUtensorMap rows_map, const __grid_const
 
   if (threadIdx.x >= P::kConsumers) {
     if constexpr (P::kGroups == 2) asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
-    if (threadIdx.x == P::kConsumers) {
-      int stage = 0;
-      uint32_t phase = 0;
+    int stage = 0;
+    uint32_t phase = 0;
+    const auto advance = [&] {
+      if (++stage == P::kStages) stage = 0, phase ^= 1;
+    };
+    // Every stage of every tile in turn: expects `bytes` at its barrier and lets `copy` ask for them.
+    const auto produce = [&](uint32_t bytes, auto copy) {
       for (int index = first; index < tiles; index += step) {
         const Tile tile = locate(index, tiles_m, tiles_n, band);
         const int row = tile.row * ROWS, output = first_output(tile), block = output / arguments.group_outputs * k_blocks;
         for (int k = 0; k < k_blocks; ++k) {
           barrier_wait(&empty[stage], phase ^ 1);
-          uint8_t* target = stages + stage * P::kStageBytes;
-          barrier_expect_bytes(&full[stage], P::kStageBytes + P::kScaleBytes);
-          tensor_load(scales + stage * P::kScaleBytes, &scales_map, row, block + k, &full[stage]);
-          if constexpr (CLUSTER == 1) {
-            tensor_load(target, &rows_map, (block + k) * kBlockK, row, &full[stage]);
-          } else {
-            const int part = rank * P::kRowPart;
-            tensor_load_multicast(target + part * kBlockK, &rows_map, (block + k) * kBlockK, row + part, &full[stage],
-                                  (1u << CLUSTER) - 1);
-          }
-          tensor_load(target + P::kRowBytes, &weights_map, k * kBlockK, output, &full[stage]);
-          if (++stage == P::kStages) stage = 0, phase ^= 1;
+          barrier_expect_bytes(&full[stage], bytes);
+          copy(k, block + k, row, output);
+          advance();
         }
       }
+    };
+    if (threadIdx.x == P::kConsumers) {  // weights, which no launch writes
+      produce(P::kStageBytes - P::kRowBytes, [&](int k, int, int, int output) {
+        tensor_load(stages + stage * P::kStageBytes + P::kRowBytes, &weights_map, k * kBlockK, output, &full[stage]);
+      });
       if constexpr (CLUSTER > 1) {  // this CTA's memory goes when it ends: not before every peer has counted at its barriers
         for (int s = 0; s < P::kStages; ++s) {
           barrier_wait(&empty[stage], phase ^ 1);
-          if (++stage == P::kStages) stage = 0, phase ^= 1;
+          advance();
         }
       }
+    } else if (threadIdx.x == P::kConsumers + 32) {
+      wait_for_previous_launch();
+      let_next_launch_begin();
+      produce(P::kRowBytes, [&](int, int block, int row, int) {
+        uint8_t* target = stages + stage * P::kStageBytes;
+        if constexpr (CLUSTER == 1) {
+          tensor_load(target, &rows_map, block * kBlockK, row, &full[stage]);
+        } else {
+          const int part = rank * P::kRowPart;
+          tensor_load_multicast(target + part * kBlockK, &rows_map, block * kBlockK, row + part, &full[stage],
+                                (1u << CLUSTER) - 1);
+        }
+      });
+    } else if (threadIdx.x == P::kConsumers + 64) {
+      wait_for_previous_launch();
+      produce(P::kScaleBytes, [&](int, int block, int row, int) {
+        tensor_load(scales + stage * P::kScaleBytes, &scales_map, row, block, &full[stage]);
+      });
     }
   } else {
     if constexpr (P::kGroups == 2) asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
@@ -371,15 +392,15 @@ int launch(const Operands& operands, const Arguments& arguments, cudaStream_t st
   if (error != cudaSuccess) return error;
 
   auto kernel = fp8_gemm_kernel<ROWS, OUTPUTS, CLUSTER, RESULT>;
-  cudaLaunchAttribute cluster;
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim = {CLUSTER, 1, 1};
+  cudaLaunchAttribute attributes[2] = {begins_early(), {}};
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim = {CLUSTER, 1, 1};
   cudaLaunchConfig_t config = {};
   config.blockDim = dim3(P::kThreads);
   config.dynamicSmemBytes = P::kSharedBytes;
   config.stream = stream;
-  config.attrs = &cluster;
-  config.numAttrs = 1;
+  config.attrs = attributes;
+  config.numAttrs = 2;
   static int resident = 0;  // clusters that fit on the chip at once; the same on every GPU of a process
   if (resident == 0) {
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, P::kSharedBytes);

@@ -2,18 +2,12 @@
 // with RMS norm and rotation. Fragments lie as wgmma leaves them: see wgmma_fp8.cuh.
 #pragma once
 
-#include <cuda_bf16.h>
-
 #include "cluster_copy.cuh"
+#include "number_formats.cuh"
 
 namespace hopper {
 
 constexpr int kRotary = 64;  // channels at the end of a head that are rotated, in neighbouring pairs
-
-__device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
-  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-  return *reinterpret_cast<const uint32_t*>(&pair);
-}
 
 __device__ __forceinline__ float rounded(float value) { return __bfloat162float(__float2bfloat16_rn(value)); }
 
@@ -37,18 +31,6 @@ __device__ __forceinline__ void stage_values(const float (&total)[OUTPUTS / 2], 
     const uint8_t* panel = area + j / kPieces * (64 * PITCH);
     store_matrices(shared_address(panel) + swizzled<PITCH>(row, piece % kPieces), packed);
   }
-}
-
-// 2^ceil(log2(amax / 448)), on exponent bits.
-__device__ __forceinline__ float power_of_two_scale(float amax) {
-  const uint32_t bits = __float_as_uint(fmaxf(amax, 1e-4f) * (1.0f / 448.0f));
-  return __uint_as_float((bits + 0x7FFFFFu) & 0x7F800000u);
-}
-
-__device__ __forceinline__ uint32_t pack_e4m3(float low, float high) {
-  uint16_t packed;
-  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(packed) : "f"(high), "f"(low));
-  return packed;
 }
 
 // e4m3 codes of the bf16 values into a panel of 128 bytes a row, and the scale of each of `rows` rows to its place in `scales`.
@@ -92,10 +74,6 @@ struct HeadSums {
 
 // Two pieces of 128 channels in bf16: pairs[piece][i][j] = row lane / 4 + 8 * i, channels 8 * j + 2 * (lane % 4) and the next.
 using HeadPairs = uint32_t[2][2][16];
-
-__device__ __forceinline__ float2 unpack_bf16(uint32_t pair) {
-  return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xFFFF0000u));
-}
 
 // RMS norm over the head that this CTA and its peer share, and the rotation of the last channels, which are CTA 1's. total: two
 // pieces, in the order of the head. angles: cos and sin of the first row, [rows, kRotary / 2].

@@ -1,13 +1,15 @@
 // x W^T of bf16 operands with float32 results on Hopper (sm_90a), whose sums do not depend on the number of rows
 // (specification: kernels/wide_linear.py).
 //
-// A cluster of SPLIT CTAs takes 64 GROUPS outputs of up to TOKENS rows, each CTA a part of the channels: one warp copies 64 channels
-// of weights and rows a stage, a warpgroup multiplies 64 of the outputs, weights as the tall operand. The parts meet in shared memory
+// A cluster of SPLIT CTAs takes 64 GROUPS outputs of up to TOKENS rows, each CTA a part of the channels: a thread each
+// copies 64 channels of weights, which no launch writes, and of rows a stage, a warpgroup multiplies 64 of the outputs, weights as the
+// tall operand. The parts meet in shared memory
 // and are added in order, each CTA some of the rows. SPLIT is the caller's function of the weight's shape, so an element's sum has
 // one order: results do not depend on the number of rows, nor on TOKENS and GROUPS.
 // Bound by the read of the weight for few rows.
 
 #include "cluster_copy.cuh"
+#include "early_launch.cuh"
 #include "tensor_map.cuh"
 
 namespace {
@@ -19,7 +21,7 @@ constexpr int kMaxStages = 8;
 
 template <int TOKENS, int GROUPS>
 struct Plan {
-  static constexpr int kOutputs = 64 * GROUPS, kConsumers = 128 * GROUPS, kThreads = kConsumers + 32;
+  static constexpr int kOutputs = 64 * GROUPS, kConsumers = 128 * GROUPS, kThreads = kConsumers + 64;
   static constexpr int kPitch = kOutputs + 4;  // floats of a row of sums; padded so that rows fall into other banks
   static constexpr int kPiece = TOKENS < 128 ? TOKENS : 128, kPieces = TOKENS / kPiece;  // rows of one product
   static constexpr int kWeightBytes = kOutputs * kRowBytes, kStageBytes = kWeightBytes + TOKENS * kRowBytes;
@@ -76,7 +78,7 @@ wide_gemm_kernel(const __grid_constant__ CUtensorMap weights_map, const __grid_c
 
   if (threadIdx.x == P::kConsumers) {
     for (int s = 0; s < P::kStages; ++s) {
-      barrier_init(&full[s], 1);
+      barrier_init(&full[s], 2);  // weights, rows
       barrier_init(&empty[s], P::kConsumers / 32);
     }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
@@ -84,16 +86,25 @@ wide_gemm_kernel(const __grid_constant__ CUtensorMap weights_map, const __grid_c
   __syncthreads();
 
   if (threadIdx.x >= P::kConsumers) {
-    if (threadIdx.x == P::kConsumers) {
+    // Every stage in turn: expects `bytes` at its barrier and lets `copy` ask for them.
+    const auto produce = [&](uint32_t bytes, auto copy) {
       for (int step = 0; step < steps; ++step) {
         const int stage = step % P::kStages;
         barrier_wait(&empty[stage], (step / P::kStages & 1) ^ 1);
-        uint8_t* target = stages + stage * P::kStageBytes;
-        barrier_expect_bytes(&full[stage], P::kStageBytes);
-        const int channel = (first_step + step) * kDepth;
-        tensor_load(target, &weights_map, channel, first_output, &full[stage]);
-        tensor_load(target + P::kWeightBytes, &rows_map, channel, first_token, &full[stage]);
+        barrier_expect_bytes(&full[stage], bytes);
+        copy(stages + stage * P::kStageBytes, (first_step + step) * kDepth, &full[stage]);
       }
+    };
+    if (threadIdx.x == P::kConsumers) {  // weights, which no launch writes
+      produce(P::kWeightBytes, [&](uint8_t* target, int channel, uint64_t* barrier) {
+        tensor_load(target, &weights_map, channel, first_output, barrier);
+      });
+    } else if (threadIdx.x == P::kConsumers + 32) {
+      wait_for_previous_launch();
+      let_next_launch_begin();
+      produce(TOKENS * kRowBytes, [&](uint8_t* target, int channel, uint64_t* barrier) {
+        tensor_load(target + P::kWeightBytes, &rows_map, channel, first_token, barrier);
+      });
     }
     if constexpr (SPLIT > 1) {
       __syncwarp();
@@ -190,16 +201,16 @@ int launch(const void* rows, int64_t row_stride, const void* weights, int64_t we
   const auto kernel = wide_gemm_kernel<TOKENS, GROUPS, SPLIT>;
   error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, P::kSharedBytes);
   if (error != cudaSuccess) return error;
-  cudaLaunchAttribute cluster;
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim = {SPLIT, 1, 1};
+  cudaLaunchAttribute attributes[2] = {begins_early(), {}};
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim = {SPLIT, 1, 1};
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(SPLIT, (num_rows + TOKENS - 1) / TOKENS, (outputs + P::kOutputs - 1) / P::kOutputs);
   config.blockDim = dim3(P::kThreads);
   config.dynamicSmemBytes = P::kSharedBytes;
   config.stream = stream;
-  config.attrs = &cluster;
-  config.numAttrs = 1;
+  config.attrs = attributes;
+  config.numAttrs = 2;
   return cudaLaunchKernelEx(&config, kernel, weights_map, rows_map, y, num_rows, outputs, channels / kDepth / SPLIT);
 }
 
