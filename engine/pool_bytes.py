@@ -20,19 +20,24 @@ class PoolBytes:
         on_gpu = self._device.type == "cuda"
         self._reads = torch.cuda.Stream(self._device) if on_gpu else None
         self._flush = flush_of(self._device) if on_gpu else None
+        self._gpus = range(torch.cuda.device_count() if on_gpu else 0)
 
     def bind_thread(self) -> None:
         """Make the pools' device the current one of the calling thread, and create its context there."""
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)
             # A call that reaches the driver: choosing a device alone does not.
-            self.settle()
+            torch.cuda.default_stream(self._device).synchronize()
 
     def settle(self) -> None:
         """Wait for the default stream: a library that copies from pageable host memory does so there, and such a call
-        returns when the bytes are staged, which is before the device has them. Then for what network devices wrote."""
-        if self._device.type == "cuda":
-            torch.cuda.default_stream(self._device).synchronize()
+        returns when the bytes are staged, which is before the device has them. Then for what network devices wrote.
+
+        The default stream of every GPU that the process uses: a thread of a library that never chose one copies on the
+        first one's, wherever the memory is."""
+        for index in self._gpus:
+            if torch._C._cuda_hasPrimaryContext(index):
+                torch.cuda.default_stream(index).synchronize()
         if self._flush is not None:
             self._flush()
 

@@ -84,3 +84,14 @@ def test_the_driver_of_a_real_device_answers_and_settling_waits_for_the_default_
     assert not torch.cuda.default_stream().query()
     memory.settle()
     assert torch.cuda.default_stream().query()
+
+
+@pytest.mark.gpu(2)
+def test_settling_waits_for_copies_that_another_gpus_default_stream_makes():
+    memory = PoolBytes(torch.zeros(1, 64, dtype=torch.uint8, device="cuda:1"))
+    first = torch.cuda.default_stream(torch.device("cuda", 0))
+    with torch.cuda.stream(first):
+        torch.cuda._sleep(1 << 28)
+    assert not first.query()
+    memory.settle()
+    assert first.query()
