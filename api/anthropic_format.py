@@ -9,7 +9,7 @@ import orjson
 from api.chat_format import new_call_id
 from api.errors import Problem
 from api.parse_events import ContentDelta, Event, ReasoningDelta, ToolArgumentsDelta, ToolCallStart
-from api.plain_text import PlainText
+from api.plain_text import frames_of
 from api.reader import Reader
 from api.text_output import Piece
 from runtime.requests import Tokens
@@ -28,11 +28,10 @@ class MessagesShape(msgspec.Struct, frozen=True, kw_only=True):
 class MessagesResponse:
     """Turns the one choice of a request into content blocks, of which one is open at a time."""
 
-    plain: Sequence[PlainText] = ()
-
     def __init__(self, reader: Reader, shape: MessagesShape) -> None:
         self._reader = reader
         self._shape = shape
+        self.plain = reader.plain
         self._blocks: list[dict[str, Any]] = []
         self._is_open = False
         self._arguments: list[str] = []
@@ -134,7 +133,19 @@ class MessagesResponse:
         return _frame({"type": "message_start", "message": self._message([], 0)})
 
     def feed(self, arrived: Sequence[tuple[int, Tokens]]) -> bytes:
-        return b"".join(map(_frame, self._read(arrived)))
+        return frames_of(arrived, self.plain, self._reader.clock(), self._step)
+
+    def _step(self, number: int, tokens: Tokens) -> bytes:
+        frames = b"".join(map(_frame, self._read([(number, tokens)])))
+        kind = "thinking" if self._reader.in_reasoning(number) else "text"
+        if self._is_open and self._blocks[-1]["type"] == kind:
+            empty = _frame(self._delta({"type": f"{kind}_delta", kind: ""}))
+            at = empty.rindex(b'""') + 1
+            self.plain[number].frame = (empty[:at], empty[at:])
+        else:
+            # The block must be opened first.
+            self.plain[number].close()
+        return frames
 
     def end(self) -> bytes:
         delta = {"stop_reason": self._stop_reason, "stop_sequence": self._stop_sequence}

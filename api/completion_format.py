@@ -8,6 +8,7 @@ import orjson
 
 from api.errors import Problem
 from api.logprobs import CompletionLogprobs, TokenNames, prompt_logprobs
+from api.plain_text import frames_of
 from api.reader import Reader
 from api.sse import DONE
 from runtime.requests import Submit, Tokens
@@ -99,12 +100,7 @@ class CompletionResponse:
         return b""
 
     def feed(self, arrived: Sequence[tuple[int, Tokens]]) -> bytes:
-        now = self._reader.clock()
-        frames = []
-        for number, tokens in arrived:
-            frame = self.plain[number].take(tokens, now) if self.plain else b""
-            frames.append(frame or self._step(number, tokens))
-        return b"".join(frames)
+        return frames_of(arrived, self.plain, self._reader.clock(), self._step)
 
     def _step(self, number: int, tokens: Tokens) -> bytes:
         frames = []

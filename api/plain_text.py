@@ -5,7 +5,7 @@ it touches. A plain step touches this one object between the engine's message an
 taken is counted when the next step that is more than text is read.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from runtime.histogram import Histogram
 from runtime.requests import Tokens
@@ -35,6 +35,10 @@ class PlainText:
         self._words = words
         self.last = now
 
+    def close(self) -> None:
+        """Take no step until it is opened again."""
+        self._words = None
+
     def take(self, tokens: Tokens, now: float) -> bytes:
         """The event of a step. Nothing, if the step may be more than text: then it was not taken and must be read."""
         words = self._words
@@ -55,3 +59,15 @@ class PlainText:
         self._gaps.observe(now - self.last)
         self.last = now
         return text.join(self.frame)
+
+
+def frames_of(
+    arrived: Sequence[tuple[int, Tokens]],
+    plain: Sequence[PlainText],
+    now: float,
+    read: Callable[[int, Tokens], bytes],
+) -> bytes:
+    """The events of steps that came together: of each the plain one, if it is that, else what `read` makes of it."""
+    return b"".join(
+        [(plain[number].take(tokens, now) if plain else b"") or read(number, tokens) for number, tokens in arrived]
+    )

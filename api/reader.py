@@ -71,7 +71,6 @@ class Reader:
         self._outputs: list[Output | None] = list(outputs)
         self.plain = tuple(PlainText(context.metrics.inter_token(rank)) for _ in submission.submits)
         """For each choice: takes the steps that need no reading."""
-        self._opens_plain = True
         self._timers: list[_Timer] = [RequestTimer(context.metrics, rank, arrived) for _ in submission.submits]
         context.metrics.observe("request_params_n", rank, submission.choices_per_prompt)
         context.metrics.observe("request_params_max_tokens", rank, submission.submits[0].sampling.max_tokens)
@@ -93,7 +92,7 @@ class Reader:
             self._timers[number].tokens(len(piece.token_ids), now)
             if piece.finish_reason is not None:
                 self._end(number, piece)
-            elif self._opens_plain:
+            else:
                 self.plain[number].open(output.plain_words, now)
             pieces.append((number, tokens, piece))
         return pieces
@@ -119,17 +118,18 @@ class Reader:
     def unseen(self) -> Iterator[None]:
         """Inside, what is read was generated and timed elsewhere: it counts as usage, not as this node's work."""
         timers, self._timers = self._timers, [_NoTimer()] * len(self._timers)
-        self._opens_plain = False
         try:
             yield
         finally:
             self._timers = timers
-            self._opens_plain = True
+            for plain in self.plain:
+                # The first step that is seen is read: it is the first one that counts.
+                plain.close()
 
     def _end(self, number: int, piece: Piece) -> None:
         assert piece.finish_reason is not None
         self._outputs[number] = None
-        self.plain[number].open(None, 0.0)
+        self.plain[number].close()
         if piece.stopped_early:
             self.generation.stop(number)
         cached = self.usage.cached_of(number)

@@ -1,7 +1,7 @@
 """How many streams one API process carries.
 
-    python -m benchmarks.streaming_api [--streams 512,768,...] [--period-ms 20] [--seconds 8] [--path chat|completions]
-                                        [--processes 1]
+    python -m benchmarks.streaming_api [--streams 512,768,...] [--period-ms 20] [--seconds 8]
+                                        [--path chat|completions|messages] [--processes 1]
 
 An engine process without a model sends one token for each stream every period, in one message over the same channel
 that real engines use. The API process detokenises, parses, and writes one server-sent event per token; a client reads
@@ -43,7 +43,9 @@ from node.http_surface import HttpSurface, SurfaceSpec
 BODIES: dict[str, dict[str, Any]] = {
     "/v1/chat/completions": {"messages": [{"role": "user", "content": "hi"}], "reasoning_effort": "none"},
     "/v1/completions": {"prompt": "hi"},
+    "/v1/messages": {"messages": [{"role": "user", "content": "hi"}]},
 }
+PATHS = {"chat": "/v1/chat/completions", "completions": "/v1/completions", "messages": "/v1/messages"}
 
 
 def cores() -> tuple[set[int], set[int]]:
@@ -243,7 +245,7 @@ def show(name: str, row: dict[str, float], period_ms: float) -> None:
 
 
 async def main(options: argparse.Namespace) -> None:
-    path = "/v1/chat/completions" if options.path == "chat" else "/v1/completions"
+    path = PATHS[options.path]
     period_s = options.period_ms / 1000
     num_tokens = int(options.seconds / period_s)
     print(f"{path}, one token per stream every {options.period_ms:g} ms, {num_tokens} tokens a stream, "
@@ -279,7 +281,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--processes", type=int, default=1, help="API processes of the node")
     parser.add_argument("--period-ms", type=float, default=20.0)
     parser.add_argument("--seconds", type=float, default=8.0)
-    parser.add_argument("--path", choices=("chat", "completions"), default="chat")
+    parser.add_argument("--path", choices=PATHS, default="chat")
     return parser.parse_args()
 
 

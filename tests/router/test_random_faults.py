@@ -99,16 +99,20 @@ async def test_nothing_hangs_and_nothing_is_left_behind(seed, dispatch):
 async def test_clients_that_leave_at_random_points_free_both_nodes():
     rng = random.Random(7)
     async with cluster(pairs_of(1, 1, ranks=2, work_s=0.005, token_s=0.002)) as it:
-        for _ in range(200):
-            body = {"prompt": "a b", "max_tokens": 20, "stream": rng.random() < 0.7}
-            try:
-                async with (
-                    asyncio.timeout(rng.uniform(0.0, 0.06)),
-                    it.client.post(f"{it.url}/v1/completions", json=body) as response,
-                ):
-                    await response.read()
-            except (TimeoutError, aiohttp.ClientError):
-                pass
+
+        async def leave(num_times: int) -> None:
+            for _ in range(num_times):
+                body = {"prompt": "a b", "max_tokens": 20, "stream": rng.random() < 0.7}
+                try:
+                    async with (
+                        asyncio.timeout(rng.uniform(0.0, 0.06)),
+                        it.client.post(f"{it.url}/v1/completions", json=body) as response,
+                    ):
+                        await response.read()
+                except (TimeoutError, aiohttp.ClientError):
+                    pass
+
+        await asyncio.gather(*(leave(50) for _ in range(4)))
         await it.settle()
         assert (await it.complete())[0] == 200
         await it.settle()

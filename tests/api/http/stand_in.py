@@ -51,6 +51,8 @@ class StandInEngine:
         self.fail_after = 0
         """Tokens that a request which `fail_next` ends still gets."""
         self.cached_tokens = 0
+        self.counts_prompts = True
+        """The first and the last step tell the length of the prompt."""
         self._scripts: deque[list[int]] = deque()
         self._running: dict[str, asyncio.Task[None]] = {}
         self._generated = 0
@@ -100,6 +102,7 @@ class StandInEngine:
             self._generated += len(step)
             if finish is not None:
                 del self._running[request.request_id]
+            tells = self.counts_prompts and (position == first or finish is not None)
             queue.push(
                 Tokens(
                     request_id=request.request_id,
@@ -109,8 +112,8 @@ class StandInEngine:
                     else (),
                     finish_reason=finish,
                     stop_token_id=step[-1] if finish == "stop" and step[-1] in sampling.stop_token_ids else None,
-                    prompt_tokens=len(request.prompt_ids) if position == first or finish is not None else 0,
-                    cached_tokens=self.cached_tokens if position == first or finish is not None else 0,
+                    prompt_tokens=len(request.prompt_ids) if tells else 0,
+                    cached_tokens=self.cached_tokens if tells else 0,
                     prompt_logprobs=self._prompt_logprobs(request) if position == first else None,
                 )
             )

@@ -1,6 +1,7 @@
 """Steps that are only more text take a short way to the client: nothing is lost, reordered or uncounted on it."""
 
 import asyncio
+import re
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any, cast
@@ -12,12 +13,13 @@ from api.backend import TokenQueue
 from api.generation import Generation
 from api.plain_text import PlainText
 from api.pump import KEEP_ALIVE, Pulse, Pump
+from api.reader import Reader
 from api.resume import ASK_HEADER
 from runtime.histogram import Histogram
 from runtime.requests import Tokens
 from tests.api.http.conftest import samples
 
-CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+CHAT, COMPLETIONS, MESSAGES = "/v1/chat/completions", "/v1/completions", "/v1/messages"
 WORDS = [b"a", b"b", b"", b"d"]
 
 
@@ -184,6 +186,18 @@ async def test_a_client_that_does_not_read_gets_nothing_new_until_it_has() -> No
     assert await stream.end() == b"(3)"
 
 
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS, MESSAGES])
+async def test_of_an_ordinary_stream_only_the_ends_are_read(serve: Any, path: str, monkeypatch: Any) -> None:
+    server = await serve(step_s=0.002)
+    read: list[int] = []
+    whole_read = Reader.read
+    monkeypatch.setattr(Reader, "read", lambda self, arrived: read.append(len(arrived)) or whole_read(self, arrived))
+    body = {"messages": [{"role": "user", "content": "hi"}], "prompt": [5], "max_tokens": 30, "stream": True}
+    response = await server.post(path, body)
+    assert len(re.findall(rb'"(?:reasoning|text|thinking)":"."', await response.read())) == 30
+    assert sum(read) <= 3
+
+
 @pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
 async def test_every_token_is_counted_and_every_gap_timed(serve: Any, path: str, stream: bool) -> None:
@@ -214,8 +228,10 @@ async def test_the_tokens_of_a_client_that_leaves_are_counted(serve: Any) -> Non
     assert values["vllm:request_generation_tokens_sum"] >= 10
 
 
-async def test_a_resumed_streams_own_tokens_are_timed_from_the_first_on(serve: Any) -> None:
+@pytest.mark.parametrize("counts_prompts", [True, False])
+async def test_a_resumed_streams_own_tokens_are_timed_from_the_first_on(serve: Any, counts_prompts: bool) -> None:
     server = await serve(step_s=0.002)
+    server.engine.counts_prompts = counts_prompts
     body = {"prompt": [4], "max_tokens": 10, "stream": True, "kv_transfer_params": {"resume": {"token_ids": [5, 6, 7]}}}
     await server.post(COMPLETIONS, body, headers={ASK_HEADER: "1"})
     values = {name: value for (name, _), value in (await samples(server)).items()}
