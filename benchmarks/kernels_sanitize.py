@@ -102,7 +102,7 @@ PARTS = {
     "experts-triton": Part(
         ("triton_experts", "triton_expert_rows"),
         ("experts",),
-        "not hopper and not (2731 or 700-6 or block_rows_cover or promised)",
+        "not hopper and not (2731 or block_rows_cover or promised)",
     ),
     "exchange": Part(("triton_exchange_rows",), ("exchange_rows",)),
     "fp8-tiles": Part(
