@@ -154,8 +154,7 @@ class TransferAgent:
         send = self._sends.get(transfer_id)
         if send is None:
             return False
-        for index in indices:
-            self._pages.address(index)
+        self._pages.check(indices)
         total = send.published + len(indices)
         if send.ready or total > send.num_pages or (last and total != send.num_pages):
             raise ValueError(
@@ -190,8 +189,7 @@ class TransferAgent:
             raise ValueError(f"transfer {transfer_id}: {len(page_indices)} pages for {num_tokens} tokens")
         if len(set(page_indices)) != len(page_indices):
             raise ValueError(f"transfer {transfer_id}: a page is given twice")
-        for index in page_indices:
-            self._pages.address(index)
+        self._pages.check(page_indices)
         self._slots.address(slot_index)
         self._receives.add(transfer_id)
         pages = tuple(page_indices)

@@ -254,7 +254,7 @@ class Reader:
         if state is ReadState.DONE:
             group.progress = self._clock()
             group.num_done += read.num_bytes
-            self._pace.arrive(read.num_bytes, group.progress)
+            self._pace.arrive(read.num_bytes, self._flying, group.progress)
             session.failures, session.answers = 0, False
             self._counters.reads_done += 1
             self._counters.bytes_received += read.num_bytes

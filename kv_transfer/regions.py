@@ -1,7 +1,7 @@
 """Registered memory: one region of equal records, addressed by index. Pages are one region, slots another."""
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import msgspec
@@ -27,6 +27,12 @@ class MemoryRegion(msgspec.Struct, frozen=True):
         if not 0 <= index <= self.count - count:
             raise ValueError(f"record {index + count - 1} of a region of {self.count}")
         return self.base_address + index * self.stride_bytes
+
+    def check(self, indices: Sequence[int]) -> None:
+        """Raises ValueError, naming one, unless all of them are records of this region."""
+        if indices:
+            self.address(min(indices))
+            self.address(max(indices))
 
 
 ReadBytes = Callable[[int, int], bytes | memoryview]

@@ -10,7 +10,7 @@ def paced(rate: float, seconds: float = 1.0) -> Pace:
     """After reading at `rate` bytes a second until `seconds`."""
     pace = Pace()
     pace.begin(0.0)
-    pace.arrive(int(rate * seconds), seconds)
+    pace.arrive(int(rate * seconds), 0, seconds)
     return pace
 
 
@@ -49,12 +49,12 @@ def test_a_rate_that_changed_is_learned():
     now = 10.0
     for _ in range(400):
         now += 0.01
-        pace.arrive(1_000_000, now)
+        pace.arrive(1_000_000, 0, now)
     assert pace.nap_s(now, 1_000_000, 1_000_000) > 0.0015
 
 
 def test_time_without_reads_does_not_count():
     pace = paced(1e9)
     pace.begin(100.0)
-    pace.arrive(MIB, 100.0 + MIB / 1e9)
+    pace.arrive(MIB, MIB, 100.0 + MIB / 1e9)
     assert abs(pace.nap_s(100.0 + MIB / 1e9, MIB, MIB) - MIB / 1e9 / 4) < 1e-6
