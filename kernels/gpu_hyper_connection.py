@@ -77,8 +77,7 @@ class Division(NamedTuple):
 
 def division_of(num_tokens: int, hidden: int) -> Division:
     """The fastest of those measured: docs/kernels.md."""
-    few = num_tokens <= 256
-    return Division(2 if few else 4, 1 if few and hidden <= 4096 else 2)
+    return Division(2 if num_tokens <= 512 else 4, 1 if num_tokens <= 256 and hidden <= 4096 else 2)
 
 
 def _launch(

@@ -287,7 +287,7 @@ __global__ void __launch_bounds__(544) hyper_input(const Arguments a) {
     const float value = total * rsqrtf(square / (static_cast<float>(kStreams) * a.hidden) + a.norm_eps) * scale + base;
     const float gate = sigmoid(value);
     if (lane < kStreams) pre[lane] = gate + a.hc_eps;
-    __syncthreads();
+    sync_threads_of(2, blockDim.x);  // the weights of the input
     if (lane >= kStreams && lane < 2 * kStreams) a.new_post[token * kStreams + lane - kStreams] = 2.0f * gate;
     float m[16];
 #pragma unroll
@@ -315,7 +315,7 @@ __global__ void __launch_bounds__(544) hyper_input(const Arguments a) {
   for (int chunk = 0; chunk < CHUNKS; ++chunk)
 #pragma unroll
     for (int i = 0; i < 2; ++i) norm[chunk][i] = __ldg(reinterpret_cast<const float4*>(a.norm + channel_of(chunk)) + i);
-  __syncthreads();
+  sync_threads_of(2, blockDim.x);
 
   uint4 mixed[CHUNKS];
 #pragma unroll
