@@ -4,6 +4,8 @@ The default stream belongs to the libraries of the process. The transfer engine 
 would come behind all steps that were launched ahead, and steps behind its copies.
 """
 
+import time
+
 import torch
 
 
@@ -20,3 +22,21 @@ def enter(device: torch.device) -> None:
         own = torch.cuda.Stream(device)
         own.wait_stream(default)
         torch.cuda.set_stream(own)
+
+
+def wait_until_quiet(device: torch.device, timeout_s: float) -> bool:
+    """Whether all that the calling thread has launched ends within the time. True also of a device that has failed: it
+    runs nothing any more."""
+    if device.type != "cuda":
+        return True
+    until = time.monotonic() + timeout_s
+    try:
+        end = torch.cuda.Event()
+        end.record(torch.cuda.current_stream(device))
+        while not end.query():
+            if time.monotonic() > until:
+                return False
+            time.sleep(0.001)
+    except RuntimeError:
+        return True
+    return True

@@ -39,6 +39,7 @@ class PeerMesh:
             connection.setblocking(False)
             self._waiting_room.register(connection, select.EPOLLIN)
         self._watched = True
+        self._lost = False
 
     def fileno(self) -> int:
         """Readable when a peer has sent a record or is gone."""
@@ -53,6 +54,11 @@ class PeerMesh:
     def is_over(self) -> bool:
         """A peer has left or is gone, and the step thread knows. Thread-safe."""
         return not self._watched
+
+    @property
+    def is_lost(self) -> bool:
+        """A peer has ended without a farewell that was heard."""
+        return self._lost
 
     @property
     def pending(self) -> bool:
@@ -100,14 +106,18 @@ class PeerMesh:
         except ConnectionResetError:
             data = b""
         except OSError as error:
-            self.stop_watching()
+            self._lose()
             raise EngineError(f"rank {self.rank} lost rank {peer}: {error.strerror or error}") from None
         if not data:
-            self.stop_watching()
+            self._lose()
             raise EngineError(f"rank {self.rank} lost rank {peer}: it has ended")
         data = partial + data
         self._partial[peer] = data if len(data) < self._record_bytes else b""
         return None if self._partial[peer] else data
+
+    def _lose(self) -> None:
+        self._lost = True
+        self.stop_watching()
 
     def stop_watching(self) -> None:
         """Nothing more is awaited: `fileno` is not readable any more, whatever the peers do."""

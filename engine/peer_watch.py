@@ -21,8 +21,9 @@ class PeerWatch:
     """Started with the group, stopped before it is closed."""
 
     def __init__(self, mesh: PeerMesh, abort: Callable[[], None], *, grace_s: float = 2.0) -> None:
-        """abort: makes collectives fail that wait for the lost peer. It is called when the step thread has not noticed
-        the loss itself, or left, after `grace_s`; if it is still there after that time again, the process exits."""
+        """abort: makes collectives fail that wait for the lost peer, and returns at once. It is called when the step
+        thread has not noticed the loss itself, or left, after `grace_s`; if it is still there after that time again,
+        the process exits."""
         self._mesh = mesh
         self._abort = abort
         self._grace_s = grace_s
@@ -46,8 +47,7 @@ class PeerWatch:
         if self._stopped.wait(self._grace_s) or self._mesh.is_over:
             return
         log.error("rank %d lost a peer and is elsewhere: ending what may wait for it", self._mesh.rank)
-        # It ends only when captured steps have, whose owner it may be that waits.
-        threading.Thread(target=self._abort, name="group-abort", daemon=True).start()
+        self._abort()
         if not self._stopped.wait(self._grace_s) and not self._mesh.is_over:
             log.critical("rank %d has still not noticed that a peer is gone: the process exits", self._mesh.rank)
             os._exit(1)

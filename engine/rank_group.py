@@ -13,7 +13,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any
 
@@ -71,6 +71,8 @@ class RankGroup:
         self.rank = rank
         self.size = size
         self.device = device
+        self._ending: threading.Thread | None = None
+        self._ends = threading.Lock()
         timeout = timedelta(seconds=timeout_s)
         meeting_host, _, port = meeting.rpartition(":")
         try:
@@ -99,7 +101,7 @@ class RankGroup:
             except BaseException:
                 self.mesh.close()
                 raise
-            self._watch = PeerWatch(self.mesh, self._backend.abort)
+            self._watch = PeerWatch(self.mesh, self.abort)
         except (ConfigError, EngineError):
             raise
         except Exception as error:
@@ -126,17 +128,28 @@ class RankGroup:
         except RuntimeError as error:
             raise EngineError(f"rank {self.rank} lost a peer: {error}") from error
 
+    def abort(self) -> None:
+        """Let collectives go that wait for peers, without their results, and begin to end what carries them. Returns at
+        once, from any thread: the end takes until captured steps that hold collectives are gone."""
+        self._begin_to_end(self._backend.abort)
+
     def close(self) -> None:
-        """Waits for no peer. Engines whose captured steps hold collectives must be closed before."""
+        """Waits for no peer. Engines whose captured steps hold collectives must be closed before (`engine.ending`)."""
         self._watch.stop()
         self.mesh.close()
         # NCCL's orderly end takes all ranks, and one may be gone; what this one had to do is done.
-        end = self._backend.abort if self.device.type == "cuda" else self._backend.shutdown
-        ending = threading.Thread(target=end, name="group-end", daemon=True)
-        ending.start()
+        ending = self._begin_to_end(self._backend.abort if self.device.type == "cuda" else self._backend.shutdown)
         ending.join(_END_S)
         if ending.is_alive():
             log.error("rank %d: the connections of its group did not end within %s s", self.rank, _END_S)
+
+    def _begin_to_end(self, end: Callable[[], None]) -> threading.Thread:
+        """In a thread, once."""
+        with self._ends:
+            if self._ending is None:
+                self._ending = threading.Thread(target=end, name="group-end", daemon=True)
+                self._ending.start()
+            return self._ending
 
 
 def _compare(rank: int, terms: Mapping[str, str], of_first: Mapping[str, str]) -> None:

@@ -50,6 +50,7 @@ def _serve(channel: EngineChannel, rank: int, spec: WorkerSpec) -> None:
     import torch
 
     from api.grammar_matcher import GrammarMatchers
+    from engine.ending import end_rank
     from engine.engine import Engine
     from engine.expert_load import ExpertLoadReport
     from engine.loader import load_rank
@@ -137,10 +138,7 @@ def _serve(channel: EngineChannel, rank: int, spec: WorkerSpec) -> None:
             transfer_stats=lambda: transfer.latest_stats if transfer is not None else None,
         )
     finally:
-        if engine is not None:
-            engine.close()
-        if member is not None:
-            member.group.close()
+        end_rank(engine, member.group if member is not None else None)
         grammars.close()
         if transfer is not None:
             transfer.stop(spec.config.transfer.stop_grace_s)

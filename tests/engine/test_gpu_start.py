@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from engine.config import EngineConfig
+from engine.device import wait_until_quiet
 from engine.engine import Engine
 from engine.loader import LoadedRank, load_rank
 from engine.profiling import StepTracer
@@ -113,6 +114,15 @@ def test_steps_neither_wait_for_the_default_stream_nor_keep_it_waiting(tiny_chec
             assert all(isinstance(message, StepOutput) for message in engine.step())
     assert not torch.cuda.default_stream().query(), "the steps ended first"
     torch.cuda.synchronize()
+
+
+def test_a_thread_knows_when_what_it_launched_has_ended() -> None:
+    device = torch.device("cuda", torch.cuda.current_device())
+    assert wait_until_quiet(device, 10.0)
+    torch.cuda._sleep(1 << 30)
+    assert not wait_until_quiet(device, 0.01)
+    assert wait_until_quiet(device, 10.0)
+    assert torch.cuda.current_stream().query()
 
 
 def test_a_signal_leaves_a_trace_of_the_next_steps_with_their_kernels(tiny_checkpoint: Path, tmp_path: Path) -> None:

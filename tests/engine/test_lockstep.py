@@ -235,6 +235,7 @@ def test_a_farewell_is_heard_although_the_connection_was_reset_behind_it():
     assert not staying.agree(intent(0)).runs
     with pytest.raises(EngineError, match="left the group"):
         staying.agree(intent(1))
+    assert not mesh.is_lost, "it said farewell"
     mesh.close()
 
 
@@ -287,5 +288,6 @@ def test_a_step_thread_that_waits_for_a_lost_peer_is_freed(noticed):
         assert not aborted.is_set()
     else:
         assert aborted.wait(60)
+    assert mesh.is_lost == noticed
     watch.stop()
     mesh.close()

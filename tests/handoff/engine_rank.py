@@ -12,6 +12,7 @@ import msgspec
 import torch
 
 from engine.config import EngineConfig
+from engine.ending import end_rank
 from engine.engine import Engine
 from engine.loader import load_rank
 from engine.pool_bytes import PoolBytes
@@ -149,30 +150,27 @@ def main(
 ) -> None:
     """Runs in the rank's process; tells the parent in words what went wrong."""
     torch.set_num_threads(1)
-    member = None
+    member = engine = None
     try:
         if place is not None:
             together = NodeConfig(
                 engine=config, data_parallel_size=place.size, enable_expert_parallel=True, expert_parallel=place.sharing
             )
             member = join_group(together, place.rank, place.port)
-        _serve(pipe, role, config, transfer, member, 0 if place is None else place.rank)
+        engine, agent = _build(role, config, transfer, member, 0 if place is None else place.rank)
+        if member is not None:
+            member.lockstep.begin(60.0)
+        _answer(pipe, engine, agent)
     except Exception:
         pipe.send(traceback.format_exc())
         raise
     finally:
-        if member is not None:
-            member.group.close()
+        end_rank(engine, None if member is None else member.group)
 
 
-def _serve(
-    pipe: Connection,
-    role: Role,
-    config: EngineConfig,
-    transfer: TransferConfig | None,
-    member: Membership | None,
-    rank: int,
-) -> None:
+def _build(
+    role: Role, config: EngineConfig, transfer: TransferConfig | None, member: Membership | None, rank: int
+) -> tuple[Engine, TransferAgent | None]:
     sharing = None if member is None else member.sharing
     loaded = load_rank(config, holds_states=role == "prefill", rank=rank, sharing=sharing, progress=False)
     # What a transfer leaves out shows as NaN.
@@ -200,12 +198,7 @@ def _serve(
         handoff_address=agent.address if agent is not None else "",
         parallel=member.lockstep if member is not None else None,
     )  # fmt: skip
-    try:
-        if member is not None:
-            member.lockstep.begin(60.0)
-        _answer(pipe, engine, agent)
-    finally:
-        engine.close()
+    return engine, agent
 
 
 def _answer(pipe: Connection, engine: Engine, agent: TransferAgent | None) -> None:
