@@ -41,7 +41,7 @@ def make_weights() -> ExpertWeights:
 def run(table: Table, quick: bool = False) -> None:
     weights = make_weights()
     bank = pack_bank(weights)
-    for batch in (64, 256, 512, 16384):
+    for batch in (64, 256, 512, 4096, 8192, 16384):  # of prompts, also the parts in which an exchange may bring 16,384
         _run_batch(table, weights, bank, batch, quick)
 
 
@@ -83,7 +83,7 @@ def _run_batch(table: Table, weights: ExpertWeights, bank: PackedBank, batch: in
     table.add("experts: combine", shape, us, 2.0 * count * HIDDEN + 4.0 * x.numel(), how=how)
     us = measure(partial(routed_experts_gpu, x, experts, route, bank, limit=10.0, block_rows=chosen))
     shape, num_bytes = f"{shape}, block {chosen}", up_bytes + down_bytes
-    table.add("routed experts, all launches", shape, us, num_bytes, up_flop + down_flop, "fp8", PEER[batch], how)
+    table.add("routed experts, all launches", shape, us, num_bytes, up_flop + down_flop, "fp8", PEER.get(batch), how)
     if decode and not quick:
         assert weights.w13_scale is not None
         assert weights.w2_scale is not None

@@ -90,13 +90,13 @@ PARTS = {
     "experts-few": Part(
         ("cuda/experts_few",),
         ("experts",),
-        "hopper_experts_match and not 256 and (1-2-8-2-4 or 40-2-8-4-3 or 65-3-5-0-5)",
+        "hopper_experts_match and not 128 and (1-2-8-2-4 or 40-2-8-4-3 or 65-3-5-0-5)",
         large=True,
     ),
     "experts-many": Part(
         ("cuda/experts_many",),
         ("experts",),
-        "hopper_experts_match and 256 and (1-2-8-2-4 or 65-3-5-0-5 or 900-2-3-0-3)",
+        "hopper_experts_match and 128 and (1-2-8-2-4 or 65-3-5-0-5 or 900-2-3-0-3)",
         large=True,
     ),
     "experts-triton": Part(

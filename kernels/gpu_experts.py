@@ -17,7 +17,7 @@ from torch import Tensor
 from kernels import cuda_build
 from kernels.exchange_rows import QuantizedTokens
 from kernels.moe import ExpertWeights
-from kernels.packed_experts import STAGE_K, PackedBank, PackedExperts, fits_packing, pack_bank
+from kernels.packed_experts import STAGE_K, TILE_ROWS, PackedBank, PackedExperts, fits_packing, pack_bank
 from kernels.triton_expert_rows import (
     combine_rows,
     quantize_rows,
@@ -28,19 +28,21 @@ from kernels.triton_quantize import QuantizedRows, scale_stride
 
 __all__ = ["PackedBank", "pack_bank"]
 
-BLOCK_ROWS = (8, 16, 32, 48, 64, 256)
+BLOCK_ROWS = (8, 16, 32, 48, 64, 128)
 """Rows of one expert computed together, as compiled in experts_few.cu and, the last, in experts_many.cu."""
 
+MEAN_OF_MANY = 512
+"""Mean rows of an expert from which experts_many.cu is faster than blocks of 64."""
 
-MEAN_OF_MANY = 112
-"""Mean rows of an expert from which experts_many.cu is faster than two blocks of 64."""
+RING_EXPERTS = 3
+"""Experts whose weights experts_many.cu holds expanded: one that is read, one that is written, one between."""
 
 
 def block_rows_for(num_tokens: int, topk: int, total_experts: int) -> int:
-    """Rows computed together: the mean of an expert's rows under even routing plus 1.5 standard deviations, so that
+    """Rows computed together: the mean of an expert's rows under even routing plus 2.5 standard deviations, so that
     nearly every expert's weights are read once; from MEAN_OF_MANY the largest."""
     mean = num_tokens * topk / total_experts
-    wanted = mean + 1.5 * mean**0.5
+    wanted = mean + 2.5 * mean**0.5
     few = next((size for size in BLOCK_ROWS[:-1] if size >= wanted), BLOCK_ROWS[-2])
     return few if mean < MEAN_OF_MANY else BLOCK_ROWS[-1]
 
@@ -57,19 +59,26 @@ def _launch(
     limit: float = 0.0,
 ) -> None:
     experts, tiles, stages, _ = matrix.data.shape
-    codes = rows.codes_RD
+    codes, device = rows.codes_RD, rows.codes_RD.device
     if codes.shape[1] != stages * STAGE_K:
         raise ValueError(f"rows have {codes.shape[1]} channels, the experts {stages * STAGE_K}")
-    grid = torch.cuda.get_device_properties(codes.device).multi_processor_count
-    few = block_rows < BLOCK_ROWS[-1]
-    launch = cuda_build.load("experts_few").experts_few if few else cuda_build.load("experts_many").experts_many
     address = cuda_build.address
-    error = launch(
-        int(up), *((block_rows,) if few else ()), address(codes), address(rows.scales_GR), codes.shape[0], stages,
-        rows.scales_GR.stride(0), address(matrix.data), address(matrix.row_scale), address(offsets_E),
-        address(route_weight_R), address(output), address(output_scale), experts, tiles, c_float(limit), grid,
-        cuda_build.stream(codes.device),
+    operands = (
+        address(codes), address(rows.scales_GR), codes.shape[0], stages, rows.scales_GR.stride(0),
+        address(matrix.data), address(matrix.row_scale), address(offsets_E), address(route_weight_R), address(output),
+        address(output_scale), experts, tiles, c_float(limit),
     )  # fmt: skip
+    if block_rows < BLOCK_ROWS[-1]:
+        grid = torch.cuda.get_device_properties(device).multi_processor_count
+        launch = cuda_build.load("experts_few").experts_few
+        error = launch(int(up), block_rows, *operands, grid, cuda_build.stream(device))
+    else:
+        ring = torch.empty(RING_EXPERTS, tiles * TILE_ROWS, stages * STAGE_K, dtype=torch.uint8, device=device)
+        counters = torch.zeros(2 + 2 * experts, dtype=torch.int32, device=device)
+        launch = cuda_build.load("experts_many").experts_many
+        error = launch(
+            int(up), *operands, address(ring), address(counters), RING_EXPERTS, cuda_build.stream(device)
+        )  # fmt: skip
     cuda_build.check(error, f"experts({'up' if up else 'down'}, block_rows={block_rows})")
 
 

@@ -1,7 +1,7 @@
 """Rows of the routed experts: sort tokens by local expert, quantise and copy them there, add results back.
 
-T tokens, D hidden, K experts a token, E local experts [first, first + E), R = T K row slots. Rows of one expert are
-consecutive; their order inside an expert is arbitrary and changes nothing, since every row is computed by itself.
+T tokens, D hidden, K experts a token, E local experts [first, first + E), R = T K + 3 E row slots. Rows of one expert
+are consecutive; their order inside an expert is arbitrary and changes nothing, since every row is computed by itself.
 Bound by memory and, at decode, by launches.
 """
 
@@ -25,13 +25,16 @@ CHUNK = 32
 """Blocks of choices that are summed up at once."""
 MOST_AT_ONCE = 2048
 """Choices that one program sorts in registers; more go faster in three launches."""
+ROW_ALIGN = 4
+"""An expert's rows begin at a multiple of this: copies of their scales want 16 bytes."""
 
 
 class ExpertRows(NamedTuple):
     """Where every (token, choice) went."""
 
     offsets_E: Tensor
-    """int32 [E + 1]: rows of expert e are offsets[e] .. offsets[e + 1]."""
+    """int32 [E + 1]: rows of expert e are offsets[e] .. offsets[e + 1], multiples of ROW_ALIGN: the last ones may be
+    nobody's."""
     row_TK: Tensor
     """int32: row of each choice, -1 where its expert lives elsewhere."""
 
@@ -44,6 +47,13 @@ def _local_expert(experts, entry, num_entries, first, num_experts, stride, CHOIC
     local = tl.load(experts + place, mask=inside, other=-1).to(tl.int32) - first
     mine = inside & (local >= 0) & (local < num_experts)
     return tl.where(mine, local, 0), mine
+
+
+@triton.jit
+def _starts(count):
+    """First row of each expert, of a multiple of four rows each."""
+    aligned = (count + 3) // 4 * 4
+    return tl.cumsum(aligned, 0) - aligned
 
 
 @triton.jit
@@ -71,7 +81,7 @@ def _offsets_kernel(counts, offsets, num_blocks, num_experts, BINS: tl.constexpr
         count = tl.load(place, mask=inside, other=0)
         tl.store(place, total[None, :] + tl.cumsum(count, 0) - count, mask=inside)
         total += tl.sum(count, 0)
-    tl.store(offsets + bins, tl.cumsum(total, 0) - total, mask=bins <= num_experts)
+    tl.store(offsets + bins, _starts(total), mask=bins <= num_experts)
 
 
 @triton.jit
@@ -102,7 +112,7 @@ def _sort_kernel(
     rank = tl.atomic_add(counts + local, 1, mask=mine, sem="relaxed", scope="cta")
     tl.debug_barrier()
     count = tl.load(counts + bins, mask=bins < num_experts, other=0)
-    tl.store(offsets + bins, tl.cumsum(count, 0) - count, mask=bins <= num_experts)
+    tl.store(offsets + bins, _starts(count), mask=bins <= num_experts)
     tl.debug_barrier()
     start = tl.load(offsets + local, mask=mine, other=0)
     tl.store(rows + entry, tl.where(mine, start + rank, -1), mask=entry < num_entries)
@@ -169,16 +179,18 @@ def _quantize_rows_kernel(
 
 def quantize_rows(x_TD: Tensor | QuantizedTokens, weights_TK: Tensor, rows: ExpertRows) -> tuple[QuantizedRows, Tensor]:
     """Tokens [T, D], bf16, float32 or quantised, D a multiple of 128; weights float32, a token's together
-    -> (e4m3 rows of the local experts, float32 [R] routing weight of each).
+    -> (e4m3 rows [R, D] of the local experts, float32 [R] routing weight of each).
 
     Rows that no token fills keep whatever the allocator left there."""
     (num_tokens, hidden), choices = x_TD.shape, weights_TK.shape[1]
     if hidden % GROUP:
         raise ValueError(f"hidden={hidden}: expert inputs are quantised in groups of {GROUP}")
-    num_rows, device = num_tokens * choices, weights_TK.device
-    codes = torch.empty(num_rows, hidden, dtype=torch.float8_e4m3fn, device=device)
-    scales = torch.empty(hidden // GROUP, scale_stride(num_rows), dtype=torch.float32, device=device)
-    route_weight = torch.empty(num_rows, dtype=torch.float32, device=device)
+    num_rows = num_tokens * choices + (ROW_ALIGN - 1) * (rows.offsets_E.shape[0] - 1)
+    device = weights_TK.device
+    empty = torch.zeros if INTERPRET else torch.empty  # the interpreter warns of what rows of nobody come to
+    codes = empty(num_rows, hidden, dtype=torch.float8_e4m3fn, device=device)
+    scales = empty(hidden // GROUP, scale_stride(num_rows), dtype=torch.float32, device=device)
+    route_weight = empty(num_rows, dtype=torch.float32, device=device)
     if num_tokens:
         block = next(size for size in (1024, 512, 256, 128) if hidden % size == 0)
         quantized = isinstance(x_TD, QuantizedTokens)
@@ -187,6 +199,7 @@ def quantize_rows(x_TD: Tensor | QuantizedTokens, weights_TK: Tensor, rows: Expe
             values, value_scales, rows.row_TK, weights_TK, codes, scales, route_weight, values.stride(0),
             value_scales.stride(0), weights_TK.stride(0), codes.stride(0), scales.stride(0), CHOICES=choices,
             SLOTS=triton.next_power_of_2(choices), BLOCK=block, QUANTIZED=quantized, INTERPRET=INTERPRET,
+            num_warps=max(1, block // 512),
         )  # fmt: skip
     return QuantizedRows(codes, scales), route_weight
 

@@ -8,8 +8,7 @@
 // same columns: they meet in one thread's accumulators.
 #pragma once
 
-#include <cuda_bf16.h>
-
+#include "number_formats.cuh"
 #include "wgmma_fp8.cuh"
 
 namespace experts {
@@ -31,19 +30,13 @@ struct Arguments {
   const uint8_t* weights;     // [experts, tiles, k / 128, kStagePacked]
   const float* row_scales;    // [k / 128, scale_stride]
   const float* weight_scale;  // [experts, 256 * tiles] in the order of the packed rows
-  const int* offsets;         // [experts + 1]: rows of expert e are offsets[e] .. offsets[e + 1]
+  const int* offsets;         // [experts + 1]: rows of expert e are offsets[e] .. offsets[e + 1], multiples of 4
   const float* route_weight;  // [rows]
   void* output;               // up: e4m3 [rows, 128 * tiles]; down: bf16 [rows, 256 * tiles]
   float* output_scale;        // up: [tiles, scale_stride]
   int experts, tiles, k_blocks, scale_stride;
   float limit;
 };
-
-__device__ __forceinline__ uint32_t permute_bytes(uint32_t low, uint32_t high, uint32_t selector) {
-  uint32_t result;
-  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(result) : "r"(low), "r"(high), "r"(selector));
-  return result;
-}
 
 // Eight codes -> two registers of four e4m3. Magnitudes are table indices in the low three bits of each nibble; the sign of
 // code i of the first four sits in bit 8i + 7, of the second four in bit 8i + 3.
@@ -77,67 +70,72 @@ __device__ __forceinline__ uint2 normal_table(uint32_t shift_byte) {
 // Whether a shift byte of the four exceeds 8 * 11, from where on the smallest value is subnormal.
 __device__ __forceinline__ uint32_t any_subnormal(uint32_t shifts) { return shifts & (shifts << 1) & 0x40404040u; }
 
-// A thread's part of a packed unit in shared memory: its words of both halves of the channels, the shifts of its two rows.
-struct PackedPart {
-  uint4 codes[2];
-  uint32_t shift_low, shift_high;
+// The shifts of a thread's two rows in a stage, a byte per 32-group, and what they make of its codes. By whole warps.
+struct RowShifts {
+  uint32_t upper, lower;  // of rows `row` and `row + 8`
+  bool subnormal;         // in any lane
 
-  // `thread` of 128.
-  __device__ __forceinline__ PackedPart(const uint8_t* unit_codes, const uint8_t* unit_shifts, int thread) {
-    const uint8_t* row_shifts = unit_shifts + 4 * (16 * (thread / 32) + thread % 32 / 4);
-    codes[0] = *reinterpret_cast<const uint4*>(unit_codes + 16 * thread);
-    codes[1] = *reinterpret_cast<const uint4*>(unit_codes + kUnitCodes / 2 + 16 * thread);
-    shift_low = *reinterpret_cast<const uint32_t*>(row_shifts);
-    shift_high = *reinterpret_cast<const uint32_t*>(row_shifts + 32);
+  __device__ __forceinline__ RowShifts(uint32_t upper_bytes, uint32_t lower_bytes) : upper(upper_bytes), lower(lower_bytes) {
+    subnormal = __any_sync(0xFFFFFFFFu, any_subnormal(upper) | any_subnormal(lower));
   }
 
-  // Into wgmma's register operand: a[step] of channels 32 step .. 32 step + 31. By a whole warp.
-  __device__ __forceinline__ void decode(uint32_t (&a)[4][4], const uint8_t* table) const {
-    if (__any_sync(0xFFFFFFFFu, any_subnormal(shift_low) | any_subnormal(shift_high))) {
-      decode_by(a, [&](uint32_t shift_byte) { return *reinterpret_cast<const uint2*>(table + shift_byte); });
+  // Codes of half of the channels into wgmma's register operand: a[step] of channels 64 HALF + 32 step and on.
+  template <int HALF>
+  __device__ __forceinline__ void decode(uint32_t (&a)[2][4], const uint4& codes, const uint8_t* table) const {
+    if (subnormal) {
+      decode_by<HALF>(a, codes, [&](uint32_t shift_byte) { return *reinterpret_cast<const uint2*>(table + shift_byte); });
     } else {
-      decode_by(a, normal_table);
+      decode_by<HALF>(a, codes, normal_table);
     }
   }
 
-  template <typename TableOf>
-  __device__ __forceinline__ void decode_by(uint32_t (&a)[4][4], TableOf table_of) const {
+ private:
+  template <int HALF, typename TableOf>
+  __device__ __forceinline__ void decode_by(uint32_t (&a)[2][4], const uint4& codes, TableOf table_of) const {
+    const uint32_t word[4] = {codes.x, codes.y, codes.z, codes.w};
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const uint32_t word[4] = {codes[half].x, codes[half].y, codes[half].z, codes[half].w};
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int step = 2 * half + i;
-        const uint32_t low = permute_bytes(shift_low, 0, 0x4440 + step), high = permute_bytes(shift_high, 0, 0x4440 + step);
-        decode_word(word[2 * i], table_of(low), a[step][0], a[step][2]);
-        decode_word(word[2 * i + 1], table_of(high), a[step][1], a[step][3]);
-      }
+    for (int step = 0; step < 2; ++step) {
+      constexpr uint32_t kFirstByte = 0x4440 + 2 * HALF;
+      decode_word(word[2 * step], table_of(permute_bytes(upper, 0, kFirstByte + step)), a[step][0], a[step][2]);
+      decode_word(word[2 * step + 1], table_of(permute_bytes(lower, 0, kFirstByte + step)), a[step][1], a[step][3]);
     }
   }
 };
 
-// 2^ceil(log2(amax / 448)), on exponent bits.
-__device__ __forceinline__ float power_of_two_scale(float amax) {
-  const uint32_t bits = __float_as_uint(fmaxf(amax, 1e-4f) * (1.0f / 448.0f));
-  return __uint_as_float((bits + 0x7FFFFFu) & 0x7F800000u);
+// 1 / scale of a power of two, on exponent bits.
+__device__ __forceinline__ float inverse_of(float scale) { return __uint_as_float(0x7F000000u - __float_as_uint(scale)); }
+
+// Where in a packed unit the shifts of a thread's upper row lie, `thread` of 128; those of the lower one kLowerShifts further on.
+__device__ __forceinline__ int shifts_place(int thread) { return 4 * (16 * (thread / 32) + thread % 32 / 4); }
+constexpr int kLowerShifts = 4 * 8;
+
+// Swish with the upper clamp on the gate, both clamps on the linear part, times the routing weight; two, rounded to bf16.
+__device__ __forceinline__ float2 gated(float2 gate, float2 linear, float limit, float2 route_weight) {
+  const auto value = [limit](float gate, float linear, float route_weight) {
+    gate = fminf(gate, limit);
+    linear = fminf(fmaxf(linear, -limit), limit);
+    return __fdividef(gate, 1.0f + __expf(-gate)) * linear * route_weight;
+  };
+  return unpack_bf16(pack_bf16(value(gate.x, linear.x, route_weight.x), value(gate.y, linear.y, route_weight.y)));
 }
 
-// Swish with the upper clamp on the gate, both clamps on the linear part, times the routing weight, rounded to bf16.
-__device__ __forceinline__ float gated(float gate, float linear, float limit, float route_weight) {
-  gate = fminf(gate, limit);
-  linear = fminf(fmaxf(linear, -limit), limit);
-  const float value = __fdividef(gate, 1.0f + __expf(-gate)) * linear * route_weight;
-  return __bfloat162float(__float2bfloat16_rn(value));
+// operand_descriptor by its lower word, in which addresses count units of 16 bytes; the upper word never changes.
+__device__ __forceinline__ uint32_t descriptor_place(const void* tile) { return static_cast<uint32_t>(operand_descriptor(tile)); }
+__device__ __forceinline__ uint64_t descriptor_at(uint32_t place) {
+  uint64_t descriptor;
+  asm("mov.b64 %0, {%1, %2};" : "=l"(descriptor) : "r"(place), "r"(64u | 1u << 30));
+  return descriptor;
 }
 
-__device__ __forceinline__ uint32_t pack_e4m3(float low, float high) {
-  uint16_t packed;
-  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(packed) : "f"(high), "f"(low));
-  return packed;
-}
+// The same value in every lane, as the compiler then knows: what follows from it is computed once a warp. By whole warps.
+__device__ __forceinline__ int uniform(int value) { return __shfl_sync(0xFFFFFFFFu, value, 0); }
 
 struct Tile {
   int expert, tile, first_row, num_rows;
+
+  __device__ __forceinline__ Tile in_uniform() const {
+    return {uniform(expert), uniform(tile), uniform(first_row), uniform(num_rows)};
+  }
 };
 
 // The persistent walk: all weight tiles of a block of at most ROWS rows of one expert, then the next block. In shared memory.
@@ -167,19 +165,18 @@ struct Walk {
     __syncthreads();
   }
 
-  __device__ __forceinline__ int num_tiles(const Arguments& arguments) const {
-    return first_block[arguments.experts] * arguments.tiles;
-  }
+  __device__ __forceinline__ int num_blocks(int expert) const { return first_block[expert + 1] - first_block[expert]; }
 
-  __device__ __forceinline__ Tile locate(int index, const Arguments& arguments) const {
-    const int block = index / arguments.tiles;
-    int low = 0, high = arguments.experts - 1;
+  // Of a walk over `tiles` tiles a block.
+  __device__ __forceinline__ Tile locate(int index, int experts, int tiles) const {
+    const int block = index / tiles;
+    int low = 0, high = experts - 1;
     while (low < high) {
       const int middle = (low + high + 1) / 2;
       if (first_block[middle] <= block) low = middle; else high = middle - 1;
     }
     const int first_row = offsets[low] + (block - first_block[low]) * ROWS;
-    return {low, index % arguments.tiles, first_row, min(ROWS, offsets[low + 1] - first_row)};
+    return {low, index % tiles, first_row, min(ROWS, offsets[low + 1] - first_row)};
   }
 };
 

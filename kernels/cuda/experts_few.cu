@@ -24,27 +24,53 @@ constexpr int round_up(int value, int multiple) { return (value + multiple - 1) 
 template <int N, bool UP>
 struct Plan {
   static constexpr int kRowsBytes = N * kStageK;
-  // The copy engine wants boxes to start on 16 bytes, so a stage holds up to three scales of rows before its own.
-  static constexpr int kScales = N + 4;
-  static constexpr int kStageBytes = round_up(kRowsBytes + kStagePacked + kScales * 4, 1024);
+  static constexpr int kStageBytes = round_up(kRowsBytes + kStagePacked + N * 4, 1024);
   static constexpr int kOutputStride = UP ? 128 + 16 : (kTileRows + 8) * 2;  // bytes of a staged row, padded against bank conflicts
   static constexpr int kOutputBytes = round_up(N * kOutputStride, 1024);
   static constexpr int kFixedBytes = 256;  // barriers
-  static constexpr int kStaticBytes = sizeof(Walk<N>) + kTableBytes + kConsumers / 32 * N * 4 + 256;
+  static constexpr int kStaticBytes = sizeof(Walk<N>) + kTableBytes + 2 * N * 4 + 256;
   static constexpr int kFit = (kSharedLimit - kStaticBytes - kOutputBytes - kFixedBytes - 1024) / kStageBytes;
   static constexpr int kStages = kFit > 12 ? 12 : kFit;
   static constexpr int kSharedBytes = kStages * kStageBytes + kOutputBytes + kFixedBytes + 1024;
-  static constexpr uint32_t kStageTransaction = kRowsBytes + kStagePacked + kScales * 4;
+  static constexpr uint32_t kStageTransaction = kRowsBytes + kStagePacked + N * 4;
   static_assert(kStages >= 3, "too few stages");
 };
 
+__device__ __forceinline__ float2 load_pair(uint32_t address) {
+  float2 value;
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(value.x), "=f"(value.y) : "r"(address) : "memory");
+  return value;
+}
+
+__device__ __forceinline__ uint32_t load_word(uint32_t address) {
+  uint32_t value;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(value) : "r"(address) : "memory");
+  return value;
+}
+
+__device__ __forceinline__ uint4 load_words(uint32_t address) {
+  uint4 value;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+               : "r"(address)
+               : "memory");
+  return value;
+}
+
+__device__ __forceinline__ void prefetch(const float* place) { asm volatile("prefetch.global.L1 [%0];" ::"l"(place)); }
+
+// Two 8 x 8 matrices of 16-bit elements, transposed; lane l of the first 16 gives the address of row l % 8 of matrix l / 8.
+__device__ __forceinline__ void store_transposed(uint32_t address, uint32_t first, uint32_t second) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(address), "r"(first), "r"(second)
+               : "memory");
+}
+
+// scales: address of those of this thread's first two columns.
 template <int N>
-__device__ __forceinline__ void promote(float (&total)[N / 2], const float (&partial)[N / 2], const float* scales,
-                                        int lane) {
+__device__ __forceinline__ void promote(float (&total)[N / 2], const float (&partial)[N / 2], uint32_t scales) {
 #pragma unroll
   for (int j = 0; j < N / 8; ++j) {
-    const float* pair = scales + 8 * j + 2 * (lane % 4);
-    const float2 scale = make_float2(pair[0], pair[1]);
+    const float2 scale = load_pair(scales + 32 * j);
     total[4 * j] += partial[4 * j] * scale.x;
     total[4 * j + 1] += partial[4 * j + 1] * scale.y;
     total[4 * j + 2] += partial[4 * j + 2] * scale.x;
@@ -52,64 +78,84 @@ __device__ __forceinline__ void promote(float (&total)[N / 2], const float (&par
   }
 }
 
-// Accumulator rows 16 warp + lane / 4 are gate rows, the rows 8 further on the linear ones of the same columns of h.
+// Maxima of |value| of a warp's rows, per column, into `most` as bits: lanes that share columns swap halves of what they hold
+// until each is left with few.
 template <int N>
-__device__ __forceinline__ void finish_up(float (&total)[N / 2], const Arguments& arguments, const Tile& tile,
-                                          const float* weight_scale, uint8_t* staged, float* amax_of, int unit, int thread) {
-  const int lane = thread % 32, warp = thread / 32;
+__device__ __forceinline__ void add_maxima(const float2 (&value)[N / 8], uint32_t* most, int lane) {
+  float amax[N / 4];
+#pragma unroll
+  for (int j = 0; j < N / 8; ++j) amax[2 * j] = fabsf(value[j].x), amax[2 * j + 1] = fabsf(value[j].y);
+  int first = 0, count = N / 4;  // of the columns that are left
+#pragma unroll
+  for (int step = 16; step >= 4; step /= 2) {
+    const bool upper = lane & step, halve = count % 2 == 0;
+    if (halve) count /= 2;
+#pragma unroll
+    for (int i = 0; i < N / 4; ++i) {
+      if (i >= count) break;
+      const float sent = halve && !upper ? amax[halve ? i + count : i] : amax[i];
+      const float kept = halve && upper ? amax[i + count] : amax[i];
+      amax[i] = fmaxf(kept, __shfl_xor_sync(0xFFFFFFFFu, sent, step));
+    }
+    if (halve && upper) first += count;
+  }
+#pragma unroll
+  for (int i = 0; i < N / 4; ++i) {
+    const int place = first + i;
+    if (i < count) atomicMax(&most[place / 2 * 8 + 2 * (lane % 4) + place % 2], __float_as_uint(amax[i]));
+  }
+}
+
+// Accumulator rows 16 warp + lane / 4 are gate rows, the rows 8 further on the linear ones of the same columns of h.
+// most: maxima of the columns, zero at first; the next tile's are made so.
+template <int N>
+__device__ __forceinline__ void finish_up(const float (&total)[N / 2], const Arguments& arguments, const Tile& tile,
+                                          const float* weight_scale, uint8_t* staged, uint32_t* most, uint32_t* next_most, int unit,
+                                          int thread) {
+  const int lane = thread % 32, warp = thread / 32, rows = tile.num_rows - 2 * (lane % 4);
   const float gate_scale = weight_scale[16 * warp + lane / 4], linear_scale = weight_scale[16 * warp + lane / 4 + 8];
+  const float* route = arguments.route_weight + tile.first_row + 2 * (lane % 4);
+  float2 value[N / 8];
 #pragma unroll
   for (int j = 0; j < N / 8; ++j) {
-#pragma unroll
-    for (int c = 0; c < 2; ++c) {
-      const int column = 8 * j + 2 * (lane % 4) + c;
-      const float route = column < tile.num_rows ? arguments.route_weight[tile.first_row + column] : 0.0f;
-      float& value = total[4 * j + c];
-      value = gated(value * gate_scale, total[4 * j + 2 + c] * linear_scale, arguments.limit, route);
-      float amax = fabsf(value);
-#pragma unroll
-      for (int step = 4; step < 32; step *= 2) amax = fmaxf(amax, __shfl_xor_sync(0xFFFFFFFFu, amax, step));
-      if (lane < 4) amax_of[(4 * unit + warp) * N + column] = amax;
-    }
+    const float2 weight = make_float2(8 * j < rows ? route[8 * j] : 0.0f, 8 * j + 1 < rows ? route[8 * j + 1] : 0.0f);
+    value[j] = gated(make_float2(total[4 * j] * gate_scale, total[4 * j + 1] * gate_scale),
+                     make_float2(total[4 * j + 2] * linear_scale, total[4 * j + 3] * linear_scale), arguments.limit, weight);
   }
+  add_maxima<N>(value, most, lane);
   sync_threads_of(1, kConsumers);
-  constexpr int kWarps = kConsumers / 32;
-  for (int column = 128 * unit + thread; column < N; column += kConsumers) {  // one thread a row of the output
-    float amax = 0.0f;
-#pragma unroll
-    for (int w = 0; w < kWarps; ++w) amax = fmaxf(amax, amax_of[w * N + column]);
-    const float scale = power_of_two_scale(amax);
-    amax_of[column] = scale;
-    if (column < tile.num_rows)
-      arguments.output_scale[static_cast<int64_t>(tile.tile) * arguments.scale_stride + tile.first_row + column] = scale;
+  const int own = 128 * unit + thread;  // a column, and row of the output, for each of the first threads
+  if (own < N) {
+    next_most[own] = 0;
+    if (own < tile.num_rows)
+      arguments.output_scale[static_cast<int64_t>(tile.tile) * arguments.scale_stride + tile.first_row + own] =
+          power_of_two_scale(__uint_as_float(most[own]));
   }
-  sync_threads_of(1, kConsumers);
 #pragma unroll
   for (int j = 0; j < N / 8; ++j) {
     const int column = 8 * j + 2 * (lane % 4);
-    const uint32_t codes = pack_e4m3(total[4 * j] * (1.0f / amax_of[column]), total[4 * j + 1] * (1.0f / amax_of[column + 1]));
+    const uint2 bits = *reinterpret_cast<const uint2*>(most + column);
+    const uint32_t codes = pack_e4m3(value[j].x * inverse_of(power_of_two_scale(__uint_as_float(bits.x))),
+                                     value[j].y * inverse_of(power_of_two_scale(__uint_as_float(bits.y))));
     uint8_t* target = staged + column * Plan<N, true>::kOutputStride + 32 * unit + 8 * warp + lane / 4;
     target[0] = static_cast<uint8_t>(codes);
     target[Plan<N, true>::kOutputStride] = static_cast<uint8_t>(codes >> 8);
   }
 }
 
+// Eight columns of a warp's 16 rows are two matrices of 8 x 8, stored transposed: a column's rows lie together.
 template <int N>
 __device__ __forceinline__ void finish_down(const float (&total)[N / 2], const float* weight_scale, uint8_t* staged, int unit,
                                             int thread) {
-  const int lane = thread % 32, row = 16 * (thread / 32) + lane / 4;
-  const float scale[2] = {weight_scale[row], weight_scale[row + 8]};
+  const int lane = thread % 32, warp = thread / 32, row = 16 * warp + lane / 4;
+  const float upper = weight_scale[row], lower = weight_scale[row + 8];
   sync_threads_of(1, kConsumers);  // the previous tile's rows have left the staging area
+  const uint8_t* target = staged + lane % 8 * Plan<N, false>::kOutputStride + 2 * (64 * unit + 16 * warp) + lane / 8 % 2 * 16;
 #pragma unroll
   for (int j = 0; j < N / 8; ++j) {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-#pragma unroll
-      for (int c = 0; c < 2; ++c) {
-        auto* target = reinterpret_cast<__nv_bfloat16*>(staged + (8 * j + 2 * (lane % 4) + c) * Plan<N, false>::kOutputStride);
-        target[64 * unit + row + 8 * i] = __float2bfloat16_rn(total[4 * j + 2 * i + c] * scale[i]);
-      }
-    }
+    store_transposed(shared_address(target + 8 * j * Plan<N, false>::kOutputStride),
+                     pack_bf16(total[4 * j] * upper, total[4 * j + 1] * upper),
+                     pack_bf16(total[4 * j + 2] * lower, total[4 * j + 3] * lower));
   }
 }
 
@@ -126,8 +172,9 @@ experts_few_kernel(const __grid_constant__ CUtensorMap rows_map, const __grid_co
   uint64_t* empty = full + P::kStages;
   __shared__ Walk<N> walk;
   __shared__ alignas(8) uint8_t table[kTableBytes];
-  __shared__ float amax_of[kConsumers / 32 * N];
+  __shared__ alignas(8) uint32_t most[2][N];
 
+  if (threadIdx.x < 2 * N) most[threadIdx.x / N][threadIdx.x % N] = 0;
   if (threadIdx.x < 16) reinterpret_cast<uint2*>(table)[threadIdx.x] = decode_table(threadIdx.x);
   if (threadIdx.x == 0) {
     for (int s = 0; s < P::kStages; ++s) {
@@ -137,7 +184,7 @@ experts_few_kernel(const __grid_constant__ CUtensorMap rows_map, const __grid_co
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   walk.prepare(arguments);
-  const int num_tiles = walk.num_tiles(arguments), k_blocks = arguments.k_blocks;
+  const int num_tiles = uniform(walk.first_block[arguments.experts] * arguments.tiles), k_blocks = arguments.k_blocks;
 
   if (threadIdx.x >= kConsumers) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 32;");
@@ -145,7 +192,7 @@ experts_few_kernel(const __grid_constant__ CUtensorMap rows_map, const __grid_co
       int stage = 0;
       uint32_t phase = 0;
       for (int index = blockIdx.x; index < num_tiles; index += gridDim.x) {
-        const Tile tile = walk.locate(index, arguments);
+        const Tile tile = walk.locate(index, arguments.experts, arguments.tiles);
         const uint8_t* weights =
             arguments.weights + (static_cast<int64_t>(tile.expert) * arguments.tiles + tile.tile) * k_blocks * kStagePacked;
         for (int k = 0; k < k_blocks; ++k) {
@@ -154,7 +201,7 @@ experts_few_kernel(const __grid_constant__ CUtensorMap rows_map, const __grid_co
           barrier_expect_bytes(&full[stage], P::kStageTransaction);
           bulk_load(target + P::kRowsBytes, weights, kStagePacked, &full[stage]);
           tensor_load(target, &rows_map, k * kStageK, tile.first_row, &full[stage]);
-          tensor_load(target + P::kRowsBytes + kStagePacked, &scales_map, tile.first_row & ~3, k, &full[stage]);
+          tensor_load(target + P::kRowsBytes + kStagePacked, &scales_map, tile.first_row, k, &full[stage]);
           weights += kStagePacked;
           if (++stage == P::kStages) stage = 0, phase ^= 1;
         }
@@ -162,55 +209,63 @@ experts_few_kernel(const __grid_constant__ CUtensorMap rows_map, const __grid_co
     }
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 112;");
-    const int unit = threadIdx.x / 128, thread = threadIdx.x % 128, lane = thread % 32;
-    constexpr bool kAhead = N <= 32;  // more rows leave no registers for it
-    int loaded = 0, stage = 0;  // the stages whose weights are decoded next, and multiplied next
-    uint32_t phase = 0;
-    const auto fetch = [&](uint32_t(&a)[4][4]) {
-      barrier_wait(&full[loaded], phase);
-      const uint8_t* packed = stages + loaded * P::kStageBytes + P::kRowsBytes;
-      PackedPart(packed + unit * kUnitCodes, packed + kStageCodes + unit * kUnitShifts, thread).decode(a, table);
-      if (++loaded == P::kStages) loaded = 0, phase ^= 1;
-    };
+    const int unit = uniform(threadIdx.x / 128), thread = threadIdx.x % 128, lane = thread % 32;
+    // Addresses in shared memory of this thread's part of stage 0; `at` leads on to the stage at hand.
+    const uint32_t packed = shared_address(stages) + P::kRowsBytes;
+    uint32_t my_codes = packed + unit * kUnitCodes + 16 * thread;
+    uint32_t my_shifts = packed + kStageCodes + unit * kUnitShifts + shifts_place(thread);
+    uint32_t my_scales = packed + kStagePacked + 8 * (lane % 4);
+    asm("" : "+r"(my_codes), "+r"(my_shifts), "+r"(my_scales));  // or they are computed anew every time
+    const uint32_t first_place = descriptor_place(stages);
+    uint32_t place = first_place;
+    int stage = 0;
+    [[maybe_unused]] int turn = 0;
+    uint32_t phase = 0, at = 0;
     for (int index = blockIdx.x; index < num_tiles; index += gridDim.x) {
-      const Tile tile = walk.locate(index, arguments);
+      const Tile tile = walk.locate(index, arguments.experts, arguments.tiles).in_uniform();
+      const float* weight_scale = arguments.weight_scale +
+                                  (static_cast<int64_t>(tile.expert) * arguments.tiles + tile.tile) * kTileRows + kUnitRows * unit;
+      // What the end needs.
+      if (lane < 2) prefetch(weight_scale + 32 * lane);
+      if (UP && lane == 2) prefetch(arguments.route_weight + tile.first_row);
+      if (UP && lane == 3) prefetch(arguments.route_weight + tile.first_row + tile.num_rows - 1);
       float total[N / 2];
 #pragma unroll
       for (int i = 0; i < N / 2; ++i) total[i] = 0.0f;
-      uint32_t even[4][4], odd[4][4];
-      // Multiplies a stage, and decodes the next one meanwhile.
-      const auto advance = [&](const uint32_t(&a)[4][4], uint32_t(&next)[4][4], bool more) {
-        const uint8_t* source = stages + stage * P::kStageBytes;
-        const uint64_t rows = operand_descriptor(source);
+      // Two of the four steps of a stage are decoded while the tensor cores multiply the two before them.
+      uint32_t first[2][4], second[2][4];
+      barrier_wait(&full[stage], phase);
+      RowShifts shifts(load_word(my_shifts + at), load_word(my_shifts + at + kLowerShifts));
+      shifts.decode<0>(first, load_words(my_codes + at), table);
+      for (int k = 0; k < k_blocks; ++k) {
         float partial[N / 2];
         wgmma_fence();
-#pragma unroll
-        for (int step = 0; step < 4; ++step) wgmma_e4m3<N>(partial, a[step], rows + 2 * step, step > 0);
+        wgmma_e4m3<N>(partial, first[0], descriptor_at(place), false);
+        wgmma_e4m3<N>(partial, first[1], descriptor_at(place + 2), true);
         wgmma_commit();
-        if (kAhead && more) fetch(next);
+        shifts.decode<1>(second, load_words(my_codes + at + kUnitCodes / 2), table);
+        wgmma_fence();
+        wgmma_e4m3<N>(partial, second[0], descriptor_at(place + 4), true);
+        wgmma_e4m3<N>(partial, second[1], descriptor_at(place + 6), true);
+        wgmma_commit();
+        const uint32_t scales = my_scales + at;
+        const int done = stage;
+        place += P::kStageBytes / 16, at += P::kStageBytes;
+        if (++stage == P::kStages) stage = 0, phase ^= 1, at = 0, place = first_place;
+        wgmma_wait<1>();
+        if (k + 1 < k_blocks) {
+          barrier_wait(&full[stage], phase);
+          shifts = RowShifts(load_word(my_shifts + at), load_word(my_shifts + at + kLowerShifts));
+          shifts.decode<0>(first, load_words(my_codes + at), table);
+        }
         wgmma_wait<0>();
-        const float* scales = reinterpret_cast<const float*>(source + P::kRowsBytes + kStagePacked) + (tile.first_row & 3);
-        promote<N>(total, partial, scales, lane);
+        promote<N>(total, partial, scales);
         __syncwarp();
-        if (lane == 0) barrier_arrive(&empty[stage]);
-        if (++stage == P::kStages) stage = 0;
-      };
-      if constexpr (kAhead) {
-        fetch(even);
-        for (int k = 0; k < k_blocks; k += 2) {
-          advance(even, odd, k + 1 < k_blocks);
-          if (k + 1 < k_blocks) advance(odd, even, k + 2 < k_blocks);
-        }
-      } else {
-        for (int k = 0; k < k_blocks; ++k) {
-          fetch(even);
-          advance(even, odd, false);
-        }
+        if (lane == 0) barrier_arrive(&empty[done]);
       }
-      const float* weight_scale = arguments.weight_scale +
-                                  (static_cast<int64_t>(tile.expert) * arguments.tiles + tile.tile) * kTileRows + kUnitRows * unit;
       if constexpr (UP) {
-        finish_up<N>(total, arguments, tile, weight_scale, staged, amax_of, unit, thread);
+        finish_up<N>(total, arguments, tile, weight_scale, staged, most[turn], most[turn ^ 1], unit, thread);
+        turn ^= 1;
       } else {
         finish_down<N>(total, weight_scale, staged, unit, thread);
       }
@@ -251,7 +306,7 @@ extern "C" int experts_few(int up, int block_rows, const void* rows, const float
                          CU_TENSOR_MAP_SWIZZLE_128B);
   if (error != cudaSuccess) return error;
   error = encode_map(&scales_map, CU_TENSOR_MAP_DATA_TYPE_FLOAT32, row_scales, scale_stride, k_blocks,
-                     static_cast<uint64_t>(scale_stride) * 4, block_rows + 4, 1, CU_TENSOR_MAP_SWIZZLE_NONE);
+                     static_cast<uint64_t>(scale_stride) * 4, block_rows, 1, CU_TENSOR_MAP_SWIZZLE_NONE);
   if (error != cudaSuccess) return error;
   const Arguments arguments{weights,      row_scales, weight_scale, offsets,  route_weight, output,
                             output_scale, experts,    tiles,        k_blocks, scale_stride, limit};
