@@ -104,6 +104,30 @@ async def test_no_more_reads_are_in_flight_than_the_window_holds(bench):
     assert not bench.reader.busy
 
 
+async def test_reads_of_an_open_session_are_under_way_before_start_returns(bench):
+    bench.start(1)
+    await bench.pump()
+    bench.engine.end()
+    await bench.pump()
+    bench.start(3)
+    assert bench.reader.num_in_flight == 3
+
+
+async def test_the_pause_between_looks_follows_the_rate_and_is_shortest_without_reads(bench):
+    assert bench.reader.nap_s < 0.0001
+    bench.start(4)
+    await bench.pump()
+    bench.now += 0.004
+    bench.engine.end(count=1)
+    await bench.pump()
+    assert bench.reader.nap_s == pytest.approx(0.003)
+    bench.now += 0.010
+    assert bench.reader.nap_s == pytest.approx(0.0005, abs=0.0001)
+    bench.engine.end()
+    await bench.pump()
+    assert bench.reader.nap_s < 0.0001
+
+
 async def test_only_one_read_is_submitted_until_a_session_is_open(bench):
     bench.start(3)
     bench.start(3, "peer:2")
