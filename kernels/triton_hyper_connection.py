@@ -4,7 +4,9 @@ T tokens, S = 4 streams, D hidden (a multiple of 128), streams bf16. The seam be
 
 1. The new streams, elementwise.
 2. Their product with fn on the tensor cores, split over features, and the square sum. Streams are exact in bf16 and fn
-   goes in as two bf16 halves, so the product is good to 2^-17 of each term, better than tf32.
+   goes in as two bf16 halves beside each other, so the product is good to 2^-17 of each term, better than tf32. Not
+   software-pipelined: where something beside a product reads its operand, Triton 3.6 keeps a buffer too few of it, and
+   the next copy overtakes the product.
 3. A program per token adds the parts, forms the four input weights and the normed input.
 4. A warp per 32 tokens runs Sinkhorn, one token a lane, all sixteen numbers in registers.
 
@@ -63,19 +65,17 @@ def _project_kernel(
     token = (tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)
     live = token < num_tokens
     part = tl.program_id(1)
-    column, inner = tl.arange(0, COLUMNS), tl.arange(0, FEATURES)
-    product = tl.zeros((TOKENS, COLUMNS), tl.float32)
+    column, both, inner = tl.arange(0, COLUMNS), tl.arange(0, 2 * COLUMNS), tl.arange(0, FEATURES)
+    products = tl.zeros((TOKENS, 2 * COLUMNS), tl.float32)
     square = tl.zeros((TOKENS,), tl.float32)
     for step in range(steps):
         feature = (part * steps + step) * FEATURES + inner
         stream = tl.load(streams + token[:, None] * features + feature[None, :], mask=live[:, None], other=0.0)
-        high = tl.load(halves + column[:, None] * features + feature[None, :])
-        low = tl.load(halves + (COLUMNS + column[:, None]) * features + feature[None, :])
-        operand = dot_operand(stream, INTERPRET)
-        product = tl.dot(operand, tl.trans(dot_operand(high, INTERPRET)), product)
-        product = tl.dot(operand, tl.trans(dot_operand(low, INTERPRET)), product)
+        half = tl.load(halves + both[:, None] * features + feature[None, :])
+        products = tl.dot(dot_operand(stream, INTERPRET), tl.trans(dot_operand(half, INTERPRET)), products)
         wide = stream.to(tl.float32)
         square += tl.sum(wide * wide, axis=1)
+    product = tl.sum(tl.reshape(products, (TOKENS, 2, COLUMNS)), axis=1)
     result = tl.where(column[None, :] == NUM, square[:, None], product)
     target_row = parts + (part.to(tl.int64) * num_tokens + token[:, None]) * COLUMNS + column[None, :]
     tl.store(target_row, result, mask=live[:, None])
@@ -247,7 +247,7 @@ def _project(streams: Tensor, weights: HyperWeights) -> Tensor:
         _project_kernel[(triton.cdiv(num_tokens, PROJECT_TOKENS), slices)](
             streams, _halves_of(weights.fn), parts, num_tokens, features, features // CHANNELS // slices,
             NUM=weights.fn.shape[0], TOKENS=PROJECT_TOKENS, FEATURES=CHANNELS, COLUMNS=COLUMNS, INTERPRET=INTERPRET,
-            num_warps=4, num_stages=4,
+            num_warps=4, num_stages=1,
         )  # fmt: skip
     return parts
 
