@@ -108,8 +108,7 @@ __device__ __forceinline__ Item item_of(const Arguments& a, int number) {
 template <int kStages>
 struct Shared {
   uint64_t full[kStages][2], empty[kStages][2];  // of the halves of a tile
-  uint64_t weights_full[2], weights_empty[2];
-  uint64_t turn[2];  // weights are full, and the logits after them there or waited for by nobody
+  uint64_t weights_ready[2], weights_empty[2];  // ready with kLate: and the logits of the tile after theirs are there, if any
   float bias[kStages][kKeys];  // 0 or, where there is no key, minus infinity
   int4 holes[kStages];         // of each warp of the gather group: not 0 if a row of its is no key
   float shrink[2][kHeads];     // what the sum so far is multiplied with before a tile's share is added
@@ -128,7 +127,7 @@ struct RingPlace {
 };
 
 // `full_arrivals`: of the gather group's threads, for each half of a tile.
-template <int kStages>
+template <bool kLate, int kStages>
 __device__ __forceinline__ void init_barriers(Shared<kStages>& shared, const int (&full_arrivals)[2]) {
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < kStages; ++stage) {
@@ -138,9 +137,8 @@ __device__ __forceinline__ void init_barriers(Shared<kStages>& shared, const int
       }
     }
     for (int slot = 0; slot < 2; ++slot) {
-      barrier_init(&shared.weights_full[slot], kGroup);
+      barrier_init(&shared.weights_ready[slot], kLate ? kGroup / 32 : kGroup);
       barrier_init(&shared.weights_empty[slot], 2 * kGroup / 32);
-      barrier_init(&shared.turn[slot], kGroup / 32);
     }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }

@@ -61,8 +61,8 @@ __device__ __forceinline__ void take_query(Shared<kStages>& shared, const uint8_
   at.advance();
 }
 
-// Logits and weights of one tile. kLast: of an item's last one.
-template <bool kLast, int kStages, int kHeld>
+// Logits and weights of one tile. kLast: of an item's last one; kLate: see attention_core.cuh.
+template <bool kLast, bool kLate, int kStages, int kHeld>
 __device__ __forceinline__ void weigh_tile(const Arguments& a, Shared<kStages>& shared, const uint8_t* tiles, uint8_t* weights,
                                            const uint8_t* query_tile, const uint32_t (&query)[kHeld][4], Softmax& state,
                                            Place<kStages>& at, bool first, bool whole, int number, int thread) {
@@ -83,8 +83,10 @@ __device__ __forceinline__ void weigh_tile(const Arguments& a, Shared<kStages>& 
   }
   wgmma_commit();
   wgmma_wait<0>();
-  __syncwarp();
-  if (!first && lane == 0) barrier_arrive(&shared.turn[at.slot ^ 1]);
+  if constexpr (kLate) {
+    __syncwarp();
+    if (!first && lane == 0) barrier_arrive(&shared.weights_ready[at.slot ^ 1]);
+  }
 
   const int4 holes = shared.holes[at.tile.stage];
   if (holes.x | holes.y | holes.z | holes.w) {
@@ -161,10 +163,11 @@ __device__ __forceinline__ void weigh_tile(const Arguments& a, Shared<kStages>& 
   }
   if (row == 0 && lane == 0) shared.last[at.slot] = kLast;
   fence_async_proxy();
-  barrier_arrive(&shared.weights_full[at.slot]);
-  if (kLast) {
+  if constexpr (!kLate) {
+    barrier_arrive(&shared.weights_ready[at.slot]);
+  } else if constexpr (kLast) {
     __syncwarp();
-    if (lane == 0) barrier_arrive(&shared.turn[at.slot]);
+    if (lane == 0) barrier_arrive(&shared.weights_ready[at.slot]);
   }
   at.tile.advance();
   at.slot ^= 1;
@@ -172,7 +175,7 @@ __device__ __forceinline__ void weigh_tile(const Arguments& a, Shared<kStages>& 
 }
 
 // The logits group's part of all items of this CTA.
-template <int kStages, int kHeld>
+template <bool kLate, int kStages, int kHeld>
 __device__ __forceinline__ void weigh(const Arguments& a, Shared<kStages>& shared, const uint8_t* tiles, uint8_t* weights,
                                       uint8_t* query_tile, int thread) {
   Place<kStages> at;
@@ -187,8 +190,8 @@ __device__ __forceinline__ void weigh(const Arguments& a, Shared<kStages>& share
     // A finite start: a tile without a valid key then leaves zero weights instead of NaN.
     for (int i = 0; i < 2; ++i) state.top[i] = -1e30f, state.norm[i] = 0.0f;
     for (int tile = 0; tile < num_tiles - 1; ++tile)
-      weigh_tile<false>(a, shared, tiles, weights, query_tile, query, state, at, tile == 0, false, number, thread);
-    weigh_tile<true>(a, shared, tiles, weights, query_tile, query, state, at, num_tiles == 1, item.whole, number, thread);
+      weigh_tile<false, kLate>(a, shared, tiles, weights, query_tile, query, state, at, tile == 0, false, number, thread);
+    weigh_tile<true, kLate>(a, shared, tiles, weights, query_tile, query, state, at, num_tiles == 1, item.whole, number, thread);
   }
 }
 

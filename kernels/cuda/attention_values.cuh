@@ -114,7 +114,7 @@ __device__ __forceinline__ void store_codes(const Arguments& a, float (&total)[2
 }
 
 // The part of values group `side`, which has 256 of the channels, in all items of this CTA.
-template <bool kLate, int kStages>
+template <int kStages>
 __device__ __forceinline__ void sum_values(const Arguments& a, Shared<kStages>& shared, const uint8_t* tiles,
                                            const uint8_t* weights, int side, int thread) {
   const int lane = thread % 32, row = 16 * (thread / 32) + lane / 4;
@@ -128,7 +128,7 @@ __device__ __forceinline__ void sum_values(const Arguments& a, Shared<kStages>& 
     float factor[2];
     if (++stage == kStages) stage = 0;  // the query's
     do {
-      barrier_wait(kLate ? &shared.turn[slot] : &shared.weights_full[slot], slot_phase);
+      barrier_wait(&shared.weights_ready[slot], slot_phase);
       last = shared.last[slot];
       const float shrink[2] = {shared.shrink[slot][row], shared.shrink[slot][row + 8]};
       factor[0] = shared.factor[slot][row], factor[1] = shared.factor[slot][row + 8];

@@ -240,14 +240,14 @@ __global__ void __launch_bounds__(kThreads, 1) sparse_attention_kernel(const Arg
   uint8_t* tiles = aligned_to_1024(unaligned);
   uint8_t* weights = tiles + kStages * kTile;
   uint8_t* query_tile = weights + 2 * kWeights;
-  init_barriers(shared, {kGroup, kGroup});
+  init_barriers<false>(shared, {kGroup, kGroup});
   const int group = threadIdx.x / kGroup, thread = threadIdx.x % kGroup;
   if (group == 0) {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 144;");
-    weigh<kStages, kHeld>(a, shared, tiles, weights, query_tile, thread);
+    weigh<false, kStages, kHeld>(a, shared, tiles, weights, query_tile, thread);
   } else if (group < 3) {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 160;");
-    sum_values<false>(a, shared, tiles, weights, group - 1, thread);
+    sum_values(a, shared, tiles, weights, group - 1, thread);
   } else {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 48;");
     gather(a, shared, tiles, query_tile + kQueryTile<kHeld>, thread);
