@@ -43,7 +43,7 @@ from node.http_surface import HttpSurface, SurfaceSpec
 BODIES: dict[str, dict[str, Any]] = {
     "/v1/chat/completions": {"messages": [{"role": "user", "content": "hi"}], "reasoning_effort": "none"},
     "/v1/completions": {"prompt": "hi"},
-    "/v1/messages": {"messages": [{"role": "user", "content": "hi"}]},
+    "/v1/messages": {"messages": [{"role": "user", "content": "hi"}], "thinking": {"type": "disabled"}},
 }
 PATHS = {"chat": "/v1/chat/completions", "completions": "/v1/completions", "messages": "/v1/messages"}
 
@@ -182,7 +182,7 @@ async def measure(
     for delays, end in zip(delays_ms, ends, strict=True):
         await loop.create_connection(partial(StreamReader, request, key, delays, end), *address)
     async with asyncio.timeout(300):
-        while not all(delays_ms):  # noqa: ASYNC110 (an event per stream would cost the streams more)
+        while not (all(delays_ms) or ends[0].done()):  # noqa: ASYNC110 (an event per stream would cost the streams more)
             await asyncio.sleep(0.02)
         begun, first, early = time.monotonic(), cpu_s(pids), [len(delays) for delays in delays_ms]
         await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
