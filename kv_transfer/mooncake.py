@@ -8,6 +8,7 @@ What this wraps, and why it looks the way it does:
   calls may return while I/O goes on, and the id of a batch may be done when its first block is.
 * Blocks under one ticket are served one after the other by one connection, so over TCP single blocks are faster. Within
   a node a submit costs more than the copy of a page, so there a ticket carries many.
+* Over TCP what was read into a device's memory may still be on its way there when the read is done: see `settle`.
 * Id 0 is how a submit reports failure; passing it on would crash the process. Ids are freed when terminal.
 * The protocol argument does not choose the transport. What was chosen is read back from the engine's own descriptor.
 * First contact with a peer may block for seconds inside a lock that all submits share: see `Reader`.
