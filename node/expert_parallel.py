@@ -8,6 +8,9 @@ import msgspec
 from model.config import ModelConfig
 from model.placement import Placement
 
+_TOGETHER = 32_768
+"""Every part expands the weights of a rank's experts again, which fewer tokens do not pay for (docs/benchmarks.md)."""
+
 
 class ExpertParallelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """With `enable_expert_parallel`. All nodes of a group must say the same, but for `host` and `first_rank`."""
@@ -27,9 +30,9 @@ class ExpertParallelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unk
     that it does not name: equal runs of experts."""
     shard_lm_head: bool = False
     """Share out the rows of the vocabulary head as well: less memory, two more exchanges a step."""
-    part_tokens: int = 4096
+    part_tokens: int | Literal["auto"] = "auto"
     """Tokens per rank that go through the experts together; larger steps do so in parts, which hides the exchange
-    behind the computation and bounds its memory."""
+    behind the computation and bounds its memory. "auto": 32,768 of all ranks together."""
     sums: Literal["float32", "bfloat16"] = "float32"
     """How partial sums travel; they are added in float32 in any case. bfloat16 halves the bytes and rounds each rank's
     part once."""
@@ -38,6 +41,12 @@ class ExpertParallelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unk
     expert as well. Either way `GET /cluster/experts` tells all, for `python -m tools.place_experts`."""
     load_interval_s: float = 5.0
     """How often the counters are read from the device."""
+
+    def part_tokens_for(self, size: int) -> int:
+        """`part_tokens`, resolved for a group of `size` ranks."""
+        if self.part_tokens != "auto":
+            return self.part_tokens
+        return max(1, _TOGETHER // size)
 
     def placement_for(self, model_config: ModelConfig, size: int) -> Placement:
         """Which of `size` ranks holds which expert. Raises ConfigError naming what is wrong with the file."""
@@ -57,5 +66,6 @@ class ExpertParallelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unk
         if self.first_rank < 0:
             raise ValueError(f"first_rank={self.first_rank} must not be negative")
         for name in ("part_tokens", "load_interval_s"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}={getattr(self, name)} must be positive")
+            value = getattr(self, name)
+            if value != "auto" and not value > 0:
+                raise ValueError(f"{name}={value} must be positive")

@@ -75,7 +75,7 @@ def join_group(config: NodeConfig, local_rank: int, group_port: int) -> Membersh
         lockstep,
         num_experts=model_config.n_routed_experts,
         quantised=engine.numerics == "released",
-        part_tokens=shared.part_tokens,
+        part_tokens=shared.part_tokens_for(size),
         sums=getattr(torch, shared.sums),
     )
     sharing = Sharing(

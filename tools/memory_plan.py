@@ -97,7 +97,7 @@ def plan(config: ModelConfig, node: NodeConfig, *, gpu_memory_bytes: int, holds_
     engine = node.engine
     layout = state_layout(config, node)
     weights = rank_weights(config, node.expert_ranks)
-    part_tokens = node.expert_parallel.part_tokens
+    part_tokens = node.expert_parallel.part_tokens_for(node.expert_ranks)
     workspace = WORKSPACE_BASE + step_workspace(config, engine.max_step_tokens, node.expert_ranks, part_tokens)
     num_slots = engine.max_num_seqs + (engine.max_held_requests if holds_states else 0)
     slots = (num_slots + 1) * layout.slot_bytes

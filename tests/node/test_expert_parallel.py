@@ -27,6 +27,11 @@ def test_a_group_is_the_ranks_of_the_node_unless_it_has_an_address():
     assert node(expert_parallel={"address": "head:1", "ranks": 2}).shares_experts, "one rank of each of two nodes"
 
 
+def test_all_ranks_together_bring_as_many_tokens_to_the_experts_unless_told_otherwise():
+    assert [node().expert_parallel.part_tokens_for(size) for size in (2, 4, 8)] == [16_384, 8_192, 4_096]
+    assert node(data_parallel_size=2, expert_parallel={"part_tokens": 24}).expert_parallel.part_tokens_for(4) == 24
+
+
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
