@@ -1,4 +1,4 @@
-"""What a message of the engine sets off, in rows: the reading of some streams, then their writing."""
+"""What a message of the engine sets off: the reading of streams, and their writing in rows."""
 
 import asyncio
 import logging
@@ -11,11 +11,10 @@ ROW = 32
 
 
 class Turn:
-    """Calls listeners in the next turn of the event loop, each once however often it is asked for.
+    """Calls listeners in the next turn of the event loop, each once however often it is asked for, and writes for all.
 
     One message brings tokens of hundreds of streams: a handle of the event loop for each would cost more than reading
-    them. A loop that is late finds several messages, and then each stream writes all of its tokens at once. And what
-    the listeners write leaves in rows, because sending again is several times cheaper for the kernel while the
+    them. What is written leaves in rows, because sending again is several times cheaper for the kernel while the
     receiving side is still awake; but the first must not wait for the last, nor clients for a core that stands idle.
     """
 
