@@ -1,12 +1,17 @@
 """When to look at reads again: looking takes time from those who move the bytes, not looking lets finished reads wait.
 
-The pause is a quarter of what is left until the expected end, so a long wait costs few looks and its end is seen soon.
-Reads that are under way together end together: how far they are is reckoned from the rate and from the time.
+The next look comes half way to the end that is hoped for, at twice the usual rate: rates change from one read to the
+next. Reads that are under way together end together, so how far they are is reckoned from the rate and from the time.
 """
 
-_SHORTEST_S, _LONGEST_S = 0.00005, 0.004
+_SHORTEST_S, _LONGEST_S = 0.00015, 0.004
 _FIRST_S = 0.0003
 """While no rate is known."""
+_AFTER_S = 0.00005
+"""When nothing is left."""
+_HOPE = 2.0
+_LATE = 1 / 16
+"""Past the hoped end pauses are this part of the delay: what is late may stay away for long."""
 _MEMORY_BYTES = 64 << 20
 """What arrived before the last so many bytes says less and less about the rate."""
 
@@ -28,7 +33,9 @@ class Pace:
 
     def arrive(self, num_bytes: int, flying: int, now: float) -> None:
         """A read ended. `flying`: bytes of reads under way, without it."""
-        moved = self._moved(now)
+        moved = self._under_way
+        if self._seconds:
+            moved += (now - self._seen_at) * self._bytes / self._seconds
         if self._bytes > _MEMORY_BYTES:
             self._bytes, self._seconds = self._bytes / 2, self._seconds / 2
         self._bytes += num_bytes
@@ -39,15 +46,10 @@ class Pace:
     def nap_s(self, now: float, flying: int, left: int) -> float:
         """How long to leave them alone. `left`: bytes of reads under way and of all that follow."""
         if not left:
-            return _SHORTEST_S
+            return _AFTER_S
         if not self._seconds:
             return _FIRST_S
-        # Past the expected end the pauses grow again: what is late may stay away for long.
-        waits_for = min(abs(left - self._moved(now)), flying)
-        return min(max(waits_for * self._seconds / self._bytes / 4, _SHORTEST_S), _LONGEST_S)
-
-    def _moved(self, now: float) -> float:
-        """Bytes of reads under way that should have been moved by now."""
-        if not self._seconds:
-            return 0.0
-        return self._under_way + (now - self._seen_at) * self._bytes / self._seconds
+        s_per_byte = self._seconds / self._bytes / _HOPE
+        until_end_s = (left - self._under_way) * s_per_byte - (now - self._seen_at)
+        nap_s = min(until_end_s, flying * s_per_byte) / 2 if until_end_s > 0 else -until_end_s * _LATE
+        return min(max(nap_s, _SHORTEST_S), _LONGEST_S)

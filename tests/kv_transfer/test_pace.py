@@ -1,3 +1,4 @@
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -14,17 +15,18 @@ def paced(rate: float, seconds: float = 1.0) -> Pace:
     return pace
 
 
-def test_the_end_of_a_steady_read_is_seen_soon_with_few_looks():
+@pytest.mark.parametrize("actual_rate", [0.8e9, 1.5e9, 3e9])
+def test_the_end_of_a_read_is_seen_soon_with_few_looks_although_rates_change(actual_rate):
     for num_bytes in (1 * MIB, 8 * MIB, 200 * MIB):
-        pace, rate = paced(1.5e9), 1.5e9
+        pace = paced(1.5e9)
         began = now = 5.0
         pace.begin(now)
-        ends_at, looks = began + num_bytes / rate, 0
+        ends_at, looks = began + num_bytes / actual_rate, 0
         while now < ends_at:
-            now += pace.nap_s(now, min(num_bytes, 32 * MIB), num_bytes)
+            now += pace.nap_s(now, num_bytes, num_bytes)
             looks += 1
-        assert now - ends_at < 0.00011
-        assert looks < 60
+        assert now - ends_at < max(0.0002, 0.06 * (ends_at - began))
+        assert looks < 150
 
 
 @given(st.floats(1e6, 1e12), st.floats(0.0, 10.0), st.integers(0, 1 << 40), st.integers(0, 1 << 40))
@@ -39,9 +41,10 @@ def test_reads_under_way_are_looked_at_before_they_run_dry():
 
 def test_what_is_late_is_looked_at_less_and_less_often():
     pace = paced(1e9)
-    naps = [pace.nap_s(1.001 + late, MIB, MIB) for late in (0.0005, 0.001, 0.01, 1.0)]
+    naps = [pace.nap_s(1.001 + late, MIB, MIB) for late in (0.0005, 0.005, 0.05, 1.0)]
     assert naps == sorted(naps)
-    assert naps[0] < 0.0003
+    assert naps[0] < 0.0002
+    assert naps[-1] == 0.004
 
 
 def test_a_rate_that_changed_is_learned():
