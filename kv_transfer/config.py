@@ -1,5 +1,6 @@
 """The `transfer` section of a node's YAML."""
 
+import os
 from typing import Literal
 
 import msgspec
@@ -85,6 +86,9 @@ class TransferConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     where every connection carries one read at a time, 16 MiB over transports that divide a read themselves."""
     lanes_per_peer: int = 8
     """TCP connections per peer."""
+    tcp_io_threads: int | Literal["auto"] = "auto"
+    """Threads of the transfer engine that serve them. "auto": one for every four cores this process may use, up to 4.
+    With more than one, device memory is also moved in larger pieces."""
     max_quarantine_pages: int = 4096
     """Past it the transfer engine is re-created, which ends every read at once."""
     recreate_after_s: float = 30.0
@@ -106,6 +110,13 @@ class TransferConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         if self.max_read_bytes == "auto":
             return 4 << 20 if self.transport == "tcp" else 16 << 20
         return self.max_read_bytes
+
+    @property
+    def num_tcp_io_threads(self) -> int:
+        """`tcp_io_threads`, resolved."""
+        if self.tcp_io_threads == "auto":
+            return min(4, max(1, len(os.sched_getaffinity(0)) // 4))
+        return self.tcp_io_threads
 
     def __post_init__(self) -> None:
         low, high = self.port_range
@@ -138,6 +149,8 @@ class TransferConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             raise ValueError(f"max_read_bytes={self.max_read_bytes}: reads under 64 KiB are slow")
         if not 1 <= self.lanes_per_peer <= 16:
             raise ValueError(f"lanes_per_peer={self.lanes_per_peer} is not in 1..16")
+        if self.tcp_io_threads != "auto" and not 1 <= self.tcp_io_threads <= 16:
+            raise ValueError(f"tcp_io_threads={self.tcp_io_threads} is not in 1..16")
         named = self.devices or self.devices_by_rank
         if named and self.transport != "rdma":
             raise ValueError(f"devices={list(named)} need transport=rdma, not {self.transport}")

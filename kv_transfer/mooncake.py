@@ -38,6 +38,7 @@ _FORBIDDEN = ("MC_TCP_PROTO", "MC_TCP_ENABLE_CONNECTION_POOL", "MC_DISABLE_METAC
 _ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 _SET_BY_US = "TANDEM_TRANSFER_ENVIRONMENT"
 """Names of the variables a Tandem process set, so that its children do not take them for an operator's."""
+_SLICE_BYTES = 1 << 20
 _TICKET_PIECES = 64
 _COPY_S = 0.0003
 """Longer than a device takes for the pieces of one ticket that are still under way when they are all submitted."""
@@ -73,6 +74,10 @@ def environment(config: TransferConfig) -> dict[str, str]:
     match config.transport:
         case "tcp":
             settings["MC_FORCE_TCP"] = "1"
+            if config.num_tcp_io_threads > 1:
+                settings["MC_NUM_TCP_IO_THREADS"] = str(config.num_tcp_io_threads)
+                # Threads that copy 64 KiB of device memory at a time mostly wait for each other.
+                settings["MC_TCP_SLICE_SIZE"] = str(_SLICE_BYTES)
         case "rdma":
             settings["MC_FORCE_HCA"] = "1"
             settings |= _rdma_environment(config)

@@ -32,6 +32,16 @@ def test_the_engine_gives_a_stalled_connection_up_before_we_do_and_its_backstop_
     assert progress < 10.0 < backstop
 
 
+@pytest.mark.parametrize(("cores", "threads"), [(1, 1), (2, 1), (7, 1), (8, 2), (16, 4), (96, 4)])
+def test_io_threads_come_with_cores_and_move_larger_pieces(monkeypatch, cores, threads):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
+    settings = environment(TransferConfig())
+    assert settings.get("MC_NUM_TCP_IO_THREADS", "1") == str(threads)
+    assert ("MC_TCP_SLICE_SIZE" in settings) == (threads > 1)
+    assert environment(TransferConfig(tcp_io_threads=3))["MC_NUM_TCP_IO_THREADS"] == "3"
+    assert "MC_NUM_TCP_IO_THREADS" not in environment(TransferConfig(transport="intra_node", tcp_io_threads=3))
+
+
 def test_rdma_settings_reach_the_engine_only_when_given():
     rdma = RdmaConfig(gid_index=3, traffic_class=106, nvidia_peermem=True)
     settings = environment(TransferConfig(transport="rdma", rdma=rdma))

@@ -255,6 +255,7 @@ def test_newer_engines_work_together(version):
         ({"window": 5000}, "window"),
         ({"max_read_bytes": 4096}, "max_read_bytes"),
         ({"lanes_per_peer": 17}, "lanes_per_peer"),
+        ({"tcp_io_threads": 0}, "tcp_io_threads"),
         ({"devices": ("mlx5_0",)}, "devices"),
         ({"host": "0.0.0.0"}, "host"),
         ({"transport": "nvlink"}, "transport"),
