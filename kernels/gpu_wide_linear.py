@@ -1,4 +1,4 @@
-"""Wide products of few rows on Hopper: kernels/cuda/wide_gemm.cu behind kernels.wide_linear.
+"""Wide products on Hopper: kernels/cuda/wide_gemm.cu behind kernels.wide_linear.
 
 A library picks its algorithm, and with it the order of a sum, by the number of rows. Here the weight's shape alone
 decides into how many parts the channels are cut, so a row's sums do not depend on the rows beside it.
@@ -14,8 +14,6 @@ from torch import Tensor
 
 from kernels import cuda_build
 
-MOST_ROWS = 1024
-"""Beyond, a library's own choice is faster."""
 _OUTPUTS, _DEPTH = 64, 64
 """Of a warpgroup; channels of a stage."""
 _PARTS = ((8, 8), (32, 4), (128, 2))
@@ -28,6 +26,8 @@ class Tile(NamedTuple):
     tokens: int
     groups: int
     """Of 64 outputs."""
+    in_turn: bool = False
+    """Whether a CTA sums all parts of the channels one after the other; else each has a CTA of the cluster."""
 
 
 def fits(x_TK: Tensor, weight_NK: Tensor) -> bool:
@@ -41,7 +41,7 @@ def fits(x_TK: Tensor, weight_NK: Tensor) -> bool:
         cuda_build.load("wide_gemm")
     except cuda_build.CudaUnavailable:
         return False
-    return bool(0 < x_TK.shape[0] <= MOST_ROWS)
+    return x_TK.shape[0] > 0
 
 
 def parts_of(outputs: int, channels: int) -> int:
@@ -55,9 +55,11 @@ def parts_of(outputs: int, channels: int) -> int:
 
 def tile_for(num_rows: int, outputs: int) -> Tile:
     """The tile that was fastest for such a product: docs/kernels.md."""
+    if outputs <= 2048 and num_rows >= (1024 if outputs > 512 else 4096):
+        return Tile(128, 2, in_turn=True)
     if num_rows <= 64:
         return Tile(16 if num_rows <= 16 else 64, 1)
-    if outputs <= 512:
+    if outputs <= 512 and num_rows <= 512:
         return Tile(64 if num_rows <= 128 else 128 if num_rows <= 256 else 256, 1)
     if outputs <= 8192:
         return Tile(128, 1) if num_rows <= 128 else Tile(128, 2) if num_rows <= 256 else Tile(256, 2)

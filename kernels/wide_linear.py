@@ -2,7 +2,7 @@
 
 Router, compressors and vocabulary head need their products in full. Their weights are bfloat16 in the checkpoint, and
 so are activations on a GPU: multiplying them as they are loses nothing, and float32 sums come out of the tensor cores.
-A float32 weight multiplies in float32. On Hopper the sums of a batch of decode's size do not depend on its size.
+A float32 weight multiplies in float32. On Hopper a row's sums do not depend on the number of rows.
 """
 
 from __future__ import annotations

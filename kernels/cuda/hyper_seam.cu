@@ -147,8 +147,6 @@ __global__ void __launch_bounds__(kThreads, 2) hyper_project(const Arguments a) 
 #pragma unroll
     for (int i = 0; i < 6; ++i) fragments[s % 2][i] = __ldg(source + 32 * i);
   };
-  load_fragments(0);
-  load_fragments(1);
   wait_for_previous_launch();
 
   float weight[5];
@@ -214,6 +212,8 @@ __global__ void __launch_bounds__(kThreads, 2) hyper_project(const Arguments a) 
     if (WRITE) write_back(3);
   }
 
+  load_fragments(0);
+  load_fragments(1);
   float products[3][NT][4] = {}, squares[NT][2] = {};
 #pragma unroll
   for (int s = 0; s < kStreams; ++s) {

@@ -1,12 +1,12 @@
 // x W^T of bf16 operands with float32 results on Hopper (sm_90a), whose sums do not depend on the number of rows
 // (specification: kernels/wide_linear.py).
 //
-// A cluster of SPLIT CTAs takes 64 GROUPS outputs of up to TOKENS rows, each CTA a part of the channels: a thread each
-// copies 64 channels of weights, which no launch writes, and of rows a stage, a warpgroup multiplies 64 of the outputs, weights as the
-// tall operand. The parts meet in shared memory
-// and are added in order, each CTA some of the rows. SPLIT is the caller's function of the weight's shape, so an element's sum has
-// one order: results do not depend on the number of rows, nor on TOKENS and GROUPS.
-// Bound by the read of the weight for few rows.
+// A cluster of SPLIT CTAs takes 64 GROUPS outputs of up to TOKENS rows, each CTA a part of the channels: a thread each copies 64
+// channels of weights, which no launch writes, and of rows a stage, a warpgroup multiplies 64 of the outputs, weights as the tall
+// operand. The parts meet in shared memory and are added in order, each CTA some of the rows. For many rows one CTA sums the same parts
+// one after the other (`IN_TURN`). How many parts there are is the caller's function of the weight's shape, so an element's sum has
+// one order: results do not depend on the number of rows, nor on TOKENS, GROUPS and IN_TURN.
+// Bound by the read of the weight for few rows, by the copies into shared memory for many.
 
 #include "cluster_copy.cuh"
 #include "early_launch.cuh"
@@ -64,17 +64,17 @@ __device__ __forceinline__ float4 load_from(const float* local, int rank) {
   return value;
 }
 
-template <int TOKENS, int GROUPS, int SPLIT>
+template <int TOKENS, int GROUPS, int SPLIT, bool IN_TURN>
 __global__ void __launch_bounds__(Plan<TOKENS, GROUPS>::kThreads, Plan<TOKENS, GROUPS>::kResident)
 wide_gemm_kernel(const __grid_constant__ CUtensorMap weights_map, const __grid_constant__ CUtensorMap rows_map, float* y,
-                 int num_rows, int outputs, int steps) {
+                 int num_rows, int outputs, int steps, int turns) {
   using P = Plan<TOKENS, GROUPS>;
   extern __shared__ uint8_t unaligned[];
   uint8_t* stages = aligned_to_1024(unaligned);
   uint64_t* full = reinterpret_cast<uint64_t*>(stages + P::kStages * P::kStageBytes);
   uint64_t* empty = full + kMaxStages;
-  const int rank = blockIdx.x, first_token = blockIdx.y * TOKENS, first_output = blockIdx.z * P::kOutputs;
-  const int first_step = rank * steps;
+  const int rank = blockIdx.x, first_output = blockIdx.y * P::kOutputs, first_token = blockIdx.z * TOKENS;
+  const int first_step = rank * steps, all_steps = IN_TURN ? turns * steps : steps;
 
   if (threadIdx.x == P::kConsumers) {
     for (int s = 0; s < P::kStages; ++s) {
@@ -88,7 +88,7 @@ wide_gemm_kernel(const __grid_constant__ CUtensorMap weights_map, const __grid_c
   if (threadIdx.x >= P::kConsumers) {
     // Every stage in turn: expects `bytes` at its barrier and lets `copy` ask for them.
     const auto produce = [&](uint32_t bytes, auto copy) {
-      for (int step = 0; step < steps; ++step) {
+      for (int step = 0; step < all_steps; ++step) {
         const int stage = step % P::kStages;
         barrier_wait(&empty[stage], (step / P::kStages & 1) ^ 1);
         barrier_expect_bytes(&full[stage], bytes);
@@ -119,7 +119,14 @@ wide_gemm_kernel(const __grid_constant__ CUtensorMap weights_map, const __grid_c
   // The same number in every lane, as the compiler should know: descriptors are then computed once a warp.
   const int group = GROUPS == 1 ? 0 : __shfl_sync(~0u, threadIdx.x / 128, 0);
   float total[P::kPieces][P::kPiece / 2];
-  for (int step = 0; step < steps; ++step) {
+  [[maybe_unused]] float earlier[P::kPieces][P::kPiece / 2];  // of the parts before
+  if constexpr (IN_TURN)
+#pragma unroll
+    for (int piece = 0; piece < P::kPieces; ++piece)
+#pragma unroll
+      for (int i = 0; i < P::kPiece / 2; ++i) earlier[piece][i] = -0.0f;  // plus anything is that
+  [[maybe_unused]] int left = steps;  // of this part
+  for (int step = 0; step < all_steps; ++step) {
     const int stage = step % P::kStages;
     barrier_wait(&full[stage], step / P::kStages & 1);
     const uint64_t weights = operand_descriptor(stages + stage * P::kStageBytes + group * 64 * kRowBytes);
@@ -129,11 +136,21 @@ wide_gemm_kernel(const __grid_constant__ CUtensorMap weights_map, const __grid_c
 #pragma unroll
       for (int piece = 0; piece < P::kPieces; ++piece) {
         const uint8_t* rows = stages + stage * P::kStageBytes + P::kWeightBytes + piece * P::kPiece * kRowBytes;
-        multiply<P::kPiece>(total[piece], weights + 2 * k, operand_descriptor(rows) + 2 * k, step > 0 || k > 0);
+        multiply<P::kPiece>(total[piece], weights + 2 * k, operand_descriptor(rows) + 2 * k, (IN_TURN ? left < steps : step > 0) || k > 0);
       }
     wgmma_commit();
     wgmma_wait<1>();
     if (step > 0 && threadIdx.x % 32 == 0) barrier_arrive(&empty[(step - 1) % P::kStages]);
+    if constexpr (IN_TURN) {
+      if (--left == 0) {
+        left = steps;
+        wgmma_wait<0>();
+#pragma unroll
+        for (int piece = 0; piece < P::kPieces; ++piece)
+#pragma unroll
+          for (int i = 0; i < P::kPiece / 2; ++i) earlier[piece][i] += total[piece][i];
+      }
+    }
   }
   wgmma_wait<0>();
   sync_threads_of(1, P::kConsumers);  // all warps have read the last stages
@@ -146,7 +163,7 @@ wide_gemm_kernel(const __grid_constant__ CUtensorMap weights_map, const __grid_c
 #pragma unroll
     for (int i = 0; i < P::kPiece / 2; ++i) {
       const int output = 16 * warp + 8 * (i / 2 % 2) + lane / 4, row = piece * P::kPiece + 8 * (i / 4) + 2 * (lane % 4) + i % 2;
-      sums[row * P::kPitch + output] = total[piece][i];
+      sums[row * P::kPitch + output] = IN_TURN ? earlier[piece][i] : total[piece][i];
     }
   if constexpr (SPLIT > 1) {
     cluster_arrive();
@@ -187,9 +204,9 @@ wide_gemm_kernel(const __grid_constant__ CUtensorMap weights_map, const __grid_c
   }
 }
 
-template <int TOKENS, int GROUPS, int SPLIT>
+template <int TOKENS, int GROUPS, int SPLIT, bool IN_TURN>
 int launch(const void* rows, int64_t row_stride, const void* weights, int64_t weight_stride, float* y, int num_rows, int outputs,
-           int channels, cudaStream_t stream) {
+           int channels, int parts, cudaStream_t stream) {
   using P = Plan<TOKENS, GROUPS>;
   CUtensorMap weights_map, rows_map;
   int error = encode_map(&weights_map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, weights, channels, outputs, 2 * weight_stride, kDepth,
@@ -198,33 +215,38 @@ int launch(const void* rows, int64_t row_stride, const void* weights, int64_t we
   error = encode_map(&rows_map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, rows, channels, num_rows, 2 * row_stride, kDepth, TOKENS,
                      CU_TENSOR_MAP_SWIZZLE_128B);
   if (error != cudaSuccess) return error;
-  const auto kernel = wide_gemm_kernel<TOKENS, GROUPS, SPLIT>;
+  const auto kernel = wide_gemm_kernel<TOKENS, GROUPS, SPLIT, IN_TURN>;
   error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, P::kSharedBytes);
   if (error != cudaSuccess) return error;
   cudaLaunchAttribute attributes[2] = {begins_early(), {}};
   attributes[1].id = cudaLaunchAttributeClusterDimension;
   attributes[1].val.clusterDim = {SPLIT, 1, 1};
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(SPLIT, (num_rows + TOKENS - 1) / TOKENS, (outputs + P::kOutputs - 1) / P::kOutputs);
+  // Neighbours share rows: all weights stay in L2, many rows do not.
+  config.gridDim = dim3(SPLIT, (outputs + P::kOutputs - 1) / P::kOutputs, (num_rows + TOKENS - 1) / TOKENS);
   config.blockDim = dim3(P::kThreads);
   config.dynamicSmemBytes = P::kSharedBytes;
   config.stream = stream;
   config.attrs = attributes;
   config.numAttrs = 2;
-  return cudaLaunchKernelEx(&config, kernel, weights_map, rows_map, y, num_rows, outputs, channels / kDepth / SPLIT);
+  return cudaLaunchKernelEx(&config, kernel, weights_map, rows_map, y, num_rows, outputs, channels / kDepth / parts, parts);
 }
 
 }  // namespace
 
 // rows bf16 [num_rows, channels] and weights bf16 [outputs, channels], rows of both strides elements apart (multiples of 8), channels
-// a multiple of 64 split; y float32 [num_rows, outputs], contiguous. `split` (1, 2, 4, 8) decides the order of the sums, `tokens` and
-// `groups` (16, 64, 128 or 256 and 1, or 128 or 256 and 2: rows and 64s of outputs of a cluster) only speed. Returns a cudaError_t.
-extern "C" int wide_gemm(int tokens, int groups, int split, const void* rows, int64_t row_stride, const void* weights,
+// a multiple of 64 parts; y float32 [num_rows, outputs], contiguous. `parts` (1, 2, 4, 8) decides the order of the sums, `tokens` and
+// `groups` (16, 64, 128 or 256 and 1, or 128 or 256 and 2: rows and 64s of outputs of a cluster) and `in_turn` (with 128 and 2) only
+// speed. Returns a cudaError_t.
+extern "C" int wide_gemm(int tokens, int groups, int in_turn, int parts, const void* rows, int64_t row_stride, const void* weights,
                          int64_t weight_stride, float* y, int num_rows, int outputs, int channels, cudaStream_t stream) {
-  if (num_rows <= 0 || outputs <= 0 || channels % (kDepth * split)) return cudaErrorInvalidValue;
-#define CASE(TOKENS, GROUPS, SPLIT)                            \
-  if (tokens == TOKENS && groups == GROUPS && split == SPLIT)  \
-    return launch<TOKENS, GROUPS, SPLIT>(rows, row_stride, weights, weight_stride, y, num_rows, outputs, channels, stream);
+  if (num_rows <= 0 || outputs <= 0 || channels % (kDepth * parts)) return cudaErrorInvalidValue;
+#define LAUNCH(TOKENS, GROUPS, SPLIT, IN_TURN)                                                                                  \
+  launch<TOKENS, GROUPS, SPLIT, IN_TURN>(rows, row_stride, weights, weight_stride, y, num_rows, outputs, channels, parts, stream)
+  if (in_turn) return tokens == 128 && groups == 2 ? LAUNCH(128, 2, 1, true) : cudaErrorInvalidValue;
+#define CASE(TOKENS, GROUPS, SPLIT)                           \
+  if (tokens == TOKENS && groups == GROUPS && parts == SPLIT) \
+    return LAUNCH(TOKENS, GROUPS, SPLIT, false);
 #define CASES(TOKENS, GROUPS) \
   CASE(TOKENS, GROUPS, 1) CASE(TOKENS, GROUPS, 2) CASE(TOKENS, GROUPS, 4) CASE(TOKENS, GROUPS, 8)
   CASES(16, 1)
