@@ -41,7 +41,7 @@ def fits(x_TK: Tensor, weight_NK: Tensor) -> bool:
         cuda_build.load("wide_gemm")
     except cuda_build.CudaUnavailable:
         return False
-    return x_TK.shape[0] > 0
+    return bool(x_TK.shape[0])
 
 
 def parts_of(outputs: int, channels: int) -> int:
