@@ -31,11 +31,13 @@ __all__ = ["PackedBank", "pack_bank"]
 BLOCK_ROWS = (8, 16, 32, 48, 64, 128)
 """Rows of one expert computed together, as compiled in experts_few.cu and, the last, in experts_many.cu."""
 
-MEAN_OF_MANY = 512
+MEAN_OF_MANY = 352
 """Mean rows of an expert from which experts_many.cu is faster than blocks of 64."""
 
-RING_EXPERTS = 3
-"""Experts whose weights experts_many.cu holds expanded: one that is read, one that is written, one between."""
+RING_EXPERTS = 4
+"""Experts whose weights experts_many.cu holds expanded: some that are read, some that are written."""
+FULL_EXPERTS, FULL_RING = 4096, 3
+"""From so many row slots an expert on, of which a rank of four uses a quarter, fewer of them: they stay in L2."""
 
 
 def block_rows_for(num_tokens: int, topk: int, total_experts: int) -> int:
@@ -73,11 +75,12 @@ def _launch(
         launch = cuda_build.load("experts_few").experts_few
         error = launch(int(up), block_rows, *operands, grid, cuda_build.stream(device))
     else:
-        ring = torch.empty(RING_EXPERTS, tiles * TILE_ROWS, stages * STAGE_K, dtype=torch.uint8, device=device)
+        held = FULL_RING if codes.shape[0] >= FULL_EXPERTS * experts else RING_EXPERTS
+        ring = torch.empty(held, tiles * TILE_ROWS, stages * STAGE_K, dtype=torch.uint8, device=device)
         counters = torch.zeros(2 + 2 * experts, dtype=torch.int32, device=device)
         launch = cuda_build.load("experts_many").experts_many
         error = launch(
-            int(up), *operands, address(ring), address(counters), RING_EXPERTS, cuda_build.stream(device)
+            int(up), *operands, address(ring), address(counters), held, cuda_build.stream(device)
         )  # fmt: skip
     cuda_build.check(error, f"experts({'up' if up else 'down'}, block_rows={block_rows})")
 

@@ -89,7 +89,7 @@ struct RowShifts {
     }
   }
 
- private:
+  // The same with a table from a byte of shift.
   template <int HALF, typename TableOf>
   __device__ __forceinline__ void decode_by(uint32_t (&a)[2][4], const uint4& codes, TableOf table_of) const {
     const uint32_t word[4] = {codes.x, codes.y, codes.z, codes.w};

@@ -5,9 +5,9 @@
 // The weights are the 64-row register operand of wgmma, decoded on the way there, the rows of an expert its N side, so a handful
 // of rows wastes little. Weights arrive by bulk copies in the order in which threads consume them.
 //
-// One CTA: a producer warp and four consumer warpgroups of 64 weight rows, which decode a stage while the tensor cores work on the
-// one before.
-// A stage is 128 input channels. Bound by weight streaming.
+// One CTA: a producer warp and four consumer warpgroups of 64 weight rows, which decode half of a stage while the tensor cores work
+// on the other half. A stage is 128 input channels. A block of rows that is hardly filled is multiplied as a smaller one.
+// Bound by weight streaming.
 
 #include "experts.cuh"
 #include "tensor_map.cuh"
@@ -21,11 +21,13 @@ constexpr int kThreads = kConsumers + 128;
 
 constexpr int round_up(int value, int multiple) { return (value + multiple - 1) / multiple * multiple; }
 
+constexpr int kUpStride = 128 + 16, kDownStride = (kTileRows + 8) * 2;  // bytes of a staged row, padded against bank conflicts
+
 template <int N, bool UP>
 struct Plan {
   static constexpr int kRowsBytes = N * kStageK;
   static constexpr int kStageBytes = round_up(kRowsBytes + kStagePacked + N * 4, 1024);
-  static constexpr int kOutputStride = UP ? 128 + 16 : (kTileRows + 8) * 2;  // bytes of a staged row, padded against bank conflicts
+  static constexpr int kOutputStride = UP ? kUpStride : kDownStride;
   static constexpr int kOutputBytes = round_up(N * kOutputStride, 1024);
   static constexpr int kFixedBytes = 256;  // barriers
   static constexpr int kStaticBytes = sizeof(Walk<N>) + kTableBytes + 2 * N * 4 + 256;
@@ -35,6 +37,14 @@ struct Plan {
   static constexpr uint32_t kStageTransaction = kRowsBytes + kStagePacked + N * 4;
   static_assert(kStages >= 3, "too few stages");
 };
+
+// Columns that are multiplied of a block of N rows: all, or if that is enough, the next smaller number.
+template <int COLUMNS>
+struct Columns {
+  static constexpr int kCount = COLUMNS;
+};
+template <int N>
+using Fewer = Columns<N == 64 ? 48 : N == 48 ? 32 : N == 32 ? 16 : 8>;
 
 __device__ __forceinline__ float2 load_pair(uint32_t address) {
   float2 value;
@@ -108,21 +118,21 @@ __device__ __forceinline__ void add_maxima(const float2 (&value)[N / 8], uint32_
 
 // Accumulator rows 16 warp + lane / 4 are gate rows, the rows 8 further on the linear ones of the same columns of h.
 // most: maxima of the columns, zero at first; the next tile's are made so.
-template <int N>
-__device__ __forceinline__ void finish_up(const float (&total)[N / 2], const Arguments& arguments, const Tile& tile,
+template <int N, int M>
+__device__ __forceinline__ void finish_up(const float (&total)[M / 2], const Arguments& arguments, const Tile& tile,
                                           const float* weight_scale, uint8_t* staged, uint32_t* most, uint32_t* next_most, int unit,
                                           int thread) {
   const int lane = thread % 32, warp = thread / 32, rows = tile.num_rows - 2 * (lane % 4);
   const float gate_scale = weight_scale[16 * warp + lane / 4], linear_scale = weight_scale[16 * warp + lane / 4 + 8];
   const float* route = arguments.route_weight + tile.first_row + 2 * (lane % 4);
-  float2 value[N / 8];
+  float2 value[M / 8];
 #pragma unroll
-  for (int j = 0; j < N / 8; ++j) {
+  for (int j = 0; j < M / 8; ++j) {
     const float2 weight = make_float2(8 * j < rows ? route[8 * j] : 0.0f, 8 * j + 1 < rows ? route[8 * j + 1] : 0.0f);
     value[j] = gated(make_float2(total[4 * j] * gate_scale, total[4 * j + 1] * gate_scale),
                      make_float2(total[4 * j + 2] * linear_scale, total[4 * j + 3] * linear_scale), arguments.limit, weight);
   }
-  add_maxima<N>(value, most, lane);
+  add_maxima<M>(value, most, lane);
   sync_threads_of(1, kConsumers);
   const int own = 128 * unit + thread;  // a column, and row of the output, for each of the first threads
   if (own < N) {
@@ -132,14 +142,14 @@ __device__ __forceinline__ void finish_up(const float (&total)[N / 2], const Arg
           power_of_two_scale(__uint_as_float(most[own]));
   }
 #pragma unroll
-  for (int j = 0; j < N / 8; ++j) {
+  for (int j = 0; j < M / 8; ++j) {
     const int column = 8 * j + 2 * (lane % 4);
     const uint2 bits = *reinterpret_cast<const uint2*>(most + column);
     const uint32_t codes = pack_e4m3(value[j].x * inverse_of(power_of_two_scale(__uint_as_float(bits.x))),
                                      value[j].y * inverse_of(power_of_two_scale(__uint_as_float(bits.y))));
-    uint8_t* target = staged + column * Plan<N, true>::kOutputStride + 32 * unit + 8 * warp + lane / 4;
+    uint8_t* target = staged + column * kUpStride + 32 * unit + 8 * warp + lane / 4;
     target[0] = static_cast<uint8_t>(codes);
-    target[Plan<N, true>::kOutputStride] = static_cast<uint8_t>(codes >> 8);
+    target[kUpStride] = static_cast<uint8_t>(codes >> 8);
   }
 }
 
@@ -150,10 +160,10 @@ __device__ __forceinline__ void finish_down(const float (&total)[N / 2], const f
   const int lane = thread % 32, warp = thread / 32, row = 16 * warp + lane / 4;
   const float upper = weight_scale[row], lower = weight_scale[row + 8];
   sync_threads_of(1, kConsumers);  // the previous tile's rows have left the staging area
-  const uint8_t* target = staged + lane % 8 * Plan<N, false>::kOutputStride + 2 * (64 * unit + 16 * warp) + lane / 8 % 2 * 16;
+  const uint8_t* target = staged + lane % 8 * kDownStride + 2 * (64 * unit + 16 * warp) + lane / 8 % 2 * 16;
 #pragma unroll
   for (int j = 0; j < N / 8; ++j) {
-    store_transposed(shared_address(target + 8 * j * Plan<N, false>::kOutputStride),
+    store_transposed(shared_address(target + 8 * j * kDownStride),
                      pack_bf16(total[4 * j] * upper, total[4 * j + 1] * upper),
                      pack_bf16(total[4 * j + 2] * lower, total[4 * j + 3] * lower));
   }
@@ -221,32 +231,32 @@ experts_few_kernel(const __grid_constant__ CUtensorMap rows_map, const __grid_co
     int stage = 0;
     [[maybe_unused]] int turn = 0;
     uint32_t phase = 0, at = 0;
-    for (int index = blockIdx.x; index < num_tiles; index += gridDim.x) {
-      const Tile tile = walk.locate(index, arguments.experts, arguments.tiles).in_uniform();
+    const auto work = [&](const Tile& tile, auto columns) {
+      constexpr int M = decltype(columns)::kCount;
       const float* weight_scale = arguments.weight_scale +
                                   (static_cast<int64_t>(tile.expert) * arguments.tiles + tile.tile) * kTileRows + kUnitRows * unit;
       // What the end needs.
       if (lane < 2) prefetch(weight_scale + 32 * lane);
       if (UP && lane == 2) prefetch(arguments.route_weight + tile.first_row);
       if (UP && lane == 3) prefetch(arguments.route_weight + tile.first_row + tile.num_rows - 1);
-      float total[N / 2];
+      float total[M / 2];
 #pragma unroll
-      for (int i = 0; i < N / 2; ++i) total[i] = 0.0f;
+      for (int i = 0; i < M / 2; ++i) total[i] = 0.0f;
       // Two of the four steps of a stage are decoded while the tensor cores multiply the two before them.
       uint32_t first[2][4], second[2][4];
       barrier_wait(&full[stage], phase);
       RowShifts shifts(load_word(my_shifts + at), load_word(my_shifts + at + kLowerShifts));
       shifts.decode<0>(first, load_words(my_codes + at), table);
       for (int k = 0; k < k_blocks; ++k) {
-        float partial[N / 2];
+        float partial[M / 2];
         wgmma_fence();
-        wgmma_e4m3<N>(partial, first[0], descriptor_at(place), false);
-        wgmma_e4m3<N>(partial, first[1], descriptor_at(place + 2), true);
+        wgmma_e4m3<M>(partial, first[0], descriptor_at(place), false);
+        wgmma_e4m3<M>(partial, first[1], descriptor_at(place + 2), true);
         wgmma_commit();
         shifts.decode<1>(second, load_words(my_codes + at + kUnitCodes / 2), table);
         wgmma_fence();
-        wgmma_e4m3<N>(partial, second[0], descriptor_at(place + 4), true);
-        wgmma_e4m3<N>(partial, second[1], descriptor_at(place + 6), true);
+        wgmma_e4m3<M>(partial, second[0], descriptor_at(place + 4), true);
+        wgmma_e4m3<M>(partial, second[1], descriptor_at(place + 6), true);
         wgmma_commit();
         const uint32_t scales = my_scales + at;
         const int done = stage;
@@ -259,15 +269,15 @@ experts_few_kernel(const __grid_constant__ CUtensorMap rows_map, const __grid_co
           shifts.decode<0>(first, load_words(my_codes + at), table);
         }
         wgmma_wait<0>();
-        promote<N>(total, partial, scales);
+        promote<M>(total, partial, scales);
         __syncwarp();
         if (lane == 0) barrier_arrive(&empty[done]);
       }
       if constexpr (UP) {
-        finish_up<N>(total, arguments, tile, weight_scale, staged, most[turn], most[turn ^ 1], unit, thread);
+        finish_up<N, M>(total, arguments, tile, weight_scale, staged, most[turn], most[turn ^ 1], unit, thread);
         turn ^= 1;
       } else {
-        finish_down<N>(total, weight_scale, staged, unit, thread);
+        finish_down<M>(total, weight_scale, staged, unit, thread);
       }
       sync_threads_of(2, kConsumers);
       constexpr int kRowBytes = UP ? 128 : 2 * kTileRows;
@@ -276,6 +286,14 @@ experts_few_kernel(const __grid_constant__ CUtensorMap rows_map, const __grid_co
         const int row = piece / (kRowBytes / 16), column = piece % (kRowBytes / 16) * 16;
         const int64_t target = (static_cast<int64_t>(tile.first_row + row) * arguments.tiles + tile.tile) * kRowBytes + column;
         *reinterpret_cast<uint4*>(output + target) = *reinterpret_cast<const uint4*>(staged + row * P::kOutputStride + column);
+      }
+    };
+    for (int index = blockIdx.x; index < num_tiles; index += gridDim.x) {
+      const Tile tile = walk.locate(index, arguments.experts, arguments.tiles).in_uniform();
+      if (__all_sync(0xFFFFFFFFu, N > Fewer<N>::kCount && tile.num_rows <= Fewer<N>::kCount)) {
+        work(tile, Fewer<N>());
+      } else {
+        work(tile, Columns<N>());
       }
     }
   }
@@ -311,8 +329,10 @@ extern "C" int experts_few(int up, int block_rows, const void* rows, const float
   const Arguments arguments{weights,      row_scales, weight_scale, offsets,  route_weight, output,
                             output_scale, experts,    tiles,        k_blocks, scale_stride, limit};
   const auto queue = static_cast<cudaStream_t>(stream);
-#define CASE(N) \
-  case N: return up ? launch<N, true>(rows_map, scales_map, arguments, grid, queue) : launch<N, false>(rows_map, scales_map, arguments, grid, queue);
+#define CASE(N)                                                               \
+  case N:                                                                     \
+    return up ? launch<N, true>(rows_map, scales_map, arguments, grid, queue) \
+              : launch<N, false>(rows_map, scales_map, arguments, grid, queue);
   switch (block_rows) {
     CASE(8)
     CASE(16)

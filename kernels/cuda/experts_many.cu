@@ -1,38 +1,35 @@
 // Routed experts with MXFP4 weights for many rows an expert, on Hopper (sm_90a): the products of experts_few.cu bit for bit.
 //
-// A persistent kernel in which every CTA does two things. Three of its warps expand packed weights of the experts to come, in the
-// order of experts, to e4m3 in a ring of a few experts that stays in the L2 cache: each weight once, whatever the number of rows.
-// The others are a grouped GEMM on what is in the ring: a warp that copies and two consumer warpgroups of 64 rows x 256 weight
-// rows. CTAs of a cluster share rows, of which each copies half for both. A stage is 128 input channels.
+// A persistent kernel in which every CTA does two things. Three of its warps expand packed weights of the experts to come to e4m3,
+// in a ring of a few experts that stays in the L2 cache: each weight once, whatever the number of rows. The others are a grouped
+// GEMM on what is in the ring: a thread that copies and two consumer warpgroups of 64 rows x 256 weight rows. CTAs of a cluster
+// share rows, of which each copies half for both. A stage is 128 input channels.
 //
-// Who expands counts at `ready` of the expert, who has read a tile of it at `done`; a place in the ring is filled again when all
-// tiles of its last expert are done. Everybody works through the experts in one order, so nobody waits in a circle; but all CTAs
-// must be on the chip at once, which a cooperative launch guarantees.
+// Experts with rows have numbers, in their order. Warps take blocks of weights to expand, and clusters tiles to multiply, one after
+// the other in that order, and count what is done at the expert's counters: blocks at `ready`, tiles whose weights have been read
+// at `done`. A tile waits for its expert's blocks, a block for the tiles of the expert that had its place in the ring. So whatever
+// somebody waits for comes before it in that order, and was taken by a CTA that runs or will be: nobody waits in a circle, however
+// few CTAs the chip has room for.
 // Bound by the FP8 tensor cores.
 
 #include "cluster_copy.cuh"
-#include "experts.cuh"
+#include "experts_ring.cuh"
 #include "tensor_map.cuh"
 
 namespace {
 
 using namespace experts;
 
-constexpr int kRows = 128;      // of a block of rows
-constexpr int kCluster = 2;
 constexpr int kStages = 4;
 constexpr int kRowBytes = kRows * kStageK, kRowPart = kRows / kCluster;
-constexpr int kBlockBytes = kTileRows * kStageK;  // of expanded weights, one stage of a tile
 constexpr int kStageBytes = kRowBytes + kBlockBytes;
 constexpr int kConsumers = 256, kProducers = 128, kThreads = kConsumers + kProducers;
 constexpr int kExpanders = 3;       // warps
-constexpr int kJobs = kUnits * 4;   // of a warp, in a stage of a tile
 
-struct Ring {
-  uint8_t* weights;  // [slots, tiles, k / 128, 256 rows of 128 bytes under the 128-byte swizzle]
-  int* ready;        // [experts]: warps that have expanded their part
-  int* done;         // [experts]: tiles whose weights have been read
-  int slots;
+// The tiles of a cluster, taken one ahead.
+struct Agenda {
+  float index[2];  // bits of an int, from CTA 0
+  uint64_t announced[2], read[2];
 };
 
 struct Shared {
@@ -40,90 +37,71 @@ struct Shared {
   alignas(16) float scales[kStages][kRows];
   alignas(16) float weight_scale[2][kTileRows];  // for a consumer warpgroup's epilogue
   uint64_t full[kStages], empty[kStages];
-  Walk<kRows> walk;
+  Agenda agenda;
+  Order order;
 };
-
-// Sixteen bytes that are read once.
-__device__ __forceinline__ uint4 load_streamed(const uint8_t* place) {
-  uint4 words;
-  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(words.x), "=r"(words.y), "=r"(words.z), "=r"(words.w)
-               : "l"(place));
-  return words;
-}
-
-// Word p of lane q of every four lanes becomes word q of lane p.
-__device__ __forceinline__ void transpose_quad(uint32_t (&word)[4], int lane) {
-#pragma unroll
-  for (int step = 1; step < 4; step *= 2) {
-    const bool upper = lane & step;
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int low = step == 1 ? 2 * i : i, high = low + step;
-      const uint32_t received = __shfl_xor_sync(0xFFFFFFFFu, upper ? word[low] : word[high], step);
-      if (upper) word[low] = received; else word[high] = received;
-    }
-  }
-}
-
-__device__ __forceinline__ int cluster_tiles(const Arguments& arguments) { return (arguments.tiles + kCluster - 1) / kCluster; }
 
 // The end of the cluster: nobody leaves while a peer may still arrive at its barriers. Orders memory, unlike cluster_sync.
 __device__ __forceinline__ void leave_together() {
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
-__device__ __forceinline__ void count_at(int* counter) {
-  asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(counter) : "memory");
-}
-
-__device__ __forceinline__ void wait_for(const int* counter, int count) {
-  for (;;) {
-    int seen;
-    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(seen) : "l"(counter) : "memory");
-    if (seen >= count) return;
-    __nanosleep(64);
-  }
-}
-
-// Orders what generic accesses to global memory wrote against copies of the copy engine, on both sides of a counter.
-__device__ __forceinline__ void fence_global_for_copies() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
-
 // A tile of the walk: CTAs of a cluster are neighbours; of an odd number of tiles the last one is computed twice.
 __device__ __forceinline__ Tile locate(const Shared& shared, int index, const Arguments& arguments, int rank) {
-  Tile tile = shared.walk.locate(index, arguments.experts, cluster_tiles(arguments));
+  Tile tile = shared.order.walk.locate(index, arguments.experts, cluster_tiles(arguments));
   tile.tile = min(kCluster * tile.tile + rank, arguments.tiles - 1);
   return tile;
 }
 
-// Copies stages; one thread.
+// What everybody in a cluster knows of its next tile. A reader of `turn` counts its tiles.
+__device__ __forceinline__ int announced_tile(Shared& shared, int turn) {
+  barrier_wait(&shared.agenda.announced[turn & 1], turn >> 1 & 1);
+  return __float_as_int(*reinterpret_cast<volatile float*>(&shared.agenda.index[turn & 1]));
+}
+__device__ __forceinline__ void tile_read(Shared& shared, int turn) { barrier_arrive_at(&shared.agenda.read[turn & 1], 0); }
+
+// Takes tiles for the cluster and copies their stages; one thread.
 __device__ __forceinline__ void produce(Shared& shared, const CUtensorMap& rows_map, const Arguments& arguments, const Ring& ring,
                                         int num_tiles, int rank) {
-  const int clusters = gridDim.x / kCluster, k_blocks = arguments.k_blocks;
-  const int settled = min(kStages, k_blocks) - 1;
-  int stage = 0, ready_expert = -1, last_expert = -1, last_stage = 0;
+  const int k_blocks = arguments.k_blocks, settled = min(kStages, k_blocks) - 1;
+  const int ready = arguments.tiles * k_blocks;
+  int stage = 0, ready_number = -1, last_number = -1, last_stage = 0;
   uint32_t phase = 0, last_phase = 0;
   const auto count_last = [&] {  // once all weights of the last tile have been read
     barrier_wait(&shared.full[last_stage], last_phase);
-    count_at(ring.done + last_expert);
+    count_at(ring.done + last_number);
   };
-  for (int index = blockIdx.x / kCluster; index < num_tiles; index += clusters) {
+  const auto announce = [&](int turn) {
+    barrier_expect_bytes(&shared.agenda.announced[turn & 1], sizeof(float));
+    if (rank == 0) {
+      if (turn >= 2) barrier_wait(&shared.agenda.read[turn & 1], (turn >> 1 & 1) ^ 1);
+      const float index = __int_as_float(atomicAdd(ring.next + 1, 1));
+      for (int r = 0; r < kCluster; ++r) store_at(&shared.agenda.index[turn & 1], index, &shared.agenda.announced[turn & 1], r);
+    }
+  };
+  announce(0);
+  for (int turn = 0;; ++turn) {
+    const int index = announced_tile(shared, turn);
+    tile_read(shared, turn);
+    if (index >= num_tiles) break;
+    announce(turn + 1);
     const Tile tile = locate(shared, index, arguments, rank);
-    if (tile.expert != ready_expert) {
-      if (last_expert >= 0) count_last();  // before waiting for others, who may wait for this
-      last_expert = -1;
-      wait_for(ring.ready + tile.expert, gridDim.x * kExpanders);
+    const int number = shared.order.number[tile.expert];
+    if (number != ready_number) {
+      if (last_number >= 0) count_last();  // before waiting for others, who may wait for this
+      last_number = -1;
+      wait_for(ring.ready + number, ready);
       fence_global_for_copies();
-      ready_expert = tile.expert;
+      ready_number = number;
     }
     const int row = tile.first_row + rank * kRowPart;
     const uint32_t scale_bytes = 4 * min(kRows, arguments.scale_stride - tile.first_row);
     const float* scales = arguments.row_scales + tile.first_row;
     const uint8_t* weights =
-        ring.weights + (static_cast<int64_t>(tile.expert % ring.slots) * arguments.tiles + tile.tile) * k_blocks * kBlockBytes;
+        ring.weights + (static_cast<int64_t>(number % ring.slots) * arguments.tiles + tile.tile) * k_blocks * kBlockBytes;
     for (int k = 0; k < k_blocks; ++k) {
       barrier_wait(&shared.empty[stage], phase ^ 1);
-      if (k == settled && last_expert >= 0) count_last();  // before the barrier is used again
+      if (k == settled && last_number >= 0) count_last();  // before the barrier is used again
       uint8_t* target = shared.stages[stage];
       barrier_expect_bytes(&shared.full[stage], kStageBytes + scale_bytes);
       tensor_load_multicast(target + rank * kRowPart * kStageK, &rows_map, k * kStageK, row, &shared.full[stage],
@@ -135,77 +113,9 @@ __device__ __forceinline__ void produce(Shared& shared, const CUtensorMap& rows_
       if (k + 1 == k_blocks) last_stage = stage, last_phase = phase;
       if (++stage == kStages) stage = 0, phase ^= 1;
     }
-    last_expert = tile.expert;
+    last_number = number;
   }
-  if (last_expert >= 0) count_last();
-}
-
-// A thread's words of sixteen rows of a packed stage, which are part `job` of an expert's.
-struct PackedPart {
-  uint4 codes[2];
-  uint32_t upper, lower;  // shifts
-
-  __device__ __forceinline__ PackedPart(const uint8_t* source, int job, int lane) {
-    const int block = job / kJobs, unit = job % kJobs / 4, thread = job % 4 * 32 + lane;
-    const uint8_t* place = source + static_cast<uint32_t>(block * kStagePacked + unit * kUnitCodes + 16 * thread);
-    const uint8_t* shifts =
-        source + static_cast<uint32_t>(block * kStagePacked + kStageCodes + unit * kUnitShifts + shifts_place(thread));
-    codes[0] = load_streamed(place);
-    codes[1] = load_streamed(place + kUnitCodes / 2);
-    upper = *reinterpret_cast<const uint32_t*>(shifts);
-    lower = *reinterpret_cast<const uint32_t*>(shifts + kLowerShifts);
-  }
-
-  // By a warp.
-  __device__ __forceinline__ void expand(uint8_t* slot, const uint8_t* table, int job, int lane) const {
-    const int row = job % kJobs * 16 + lane / 4;  // and the one eight further on; the swizzle of both is the same
-    uint8_t* target = slot + static_cast<uint32_t>(job / kJobs * kBlockBytes + row * kStageK);
-    const auto put = [&](const uint32_t(&a)[2][4], int half) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        uint32_t chunk[4] = {a[0][i], a[0][2 + i], a[1][i], a[1][2 + i]};
-        transpose_quad(chunk, lane);
-        const int place = (4 * half + lane % 4) ^ (row & 7);
-        *reinterpret_cast<uint4*>(target + i * 8 * kStageK + place * 16) = make_uint4(chunk[0], chunk[1], chunk[2], chunk[3]);
-      }
-    };
-    const RowShifts row_shifts(upper, lower);
-    uint32_t a[2][4];
-    row_shifts.decode<0>(a, codes[0], table);
-    put(a, 0);
-    row_shifts.decode<1>(a, codes[1], table);
-    put(a, 1);
-  }
-};
-
-// Expands this warp's share of every expert. `number` of all such warps of the grid.
-__device__ __forceinline__ void expand(Shared& shared, const uint8_t* table, const Arguments& arguments, const Ring& ring,
-                                       int number, int lane) {
-  const int warps = gridDim.x * kExpanders, blocks = arguments.tiles * arguments.k_blocks, jobs = blocks * kJobs;
-  for (int expert = 0; expert < arguments.experts; ++expert) {
-    const int before = expert - ring.slots;
-    if (before >= 0) {  // also of an expert without rows: the one whose place it would have had may still be read
-      const int tiles = shared.walk.num_blocks(before) * cluster_tiles(arguments) * kCluster;
-      if (lane == 0) wait_for(ring.done + before, tiles);
-      __syncwarp();
-    }
-    if (uniform(shared.walk.num_blocks(expert)) > 0) {
-      const uint8_t* source = arguments.weights + static_cast<int64_t>(expert) * blocks * kStagePacked;
-      uint8_t* slot = ring.weights + static_cast<int64_t>(expert % ring.slots) * blocks * kBlockBytes;
-      // Two parts are on their way while one is expanded; beyond the last one, the last one again.
-      const auto load = [&](int job) { return PackedPart(source, min(job, jobs - 1), lane); };
-      PackedPart first = load(number), second = load(number + warps);
-      for (int job = number; job < jobs; job += 2 * warps) {
-        first.expand(slot, table, job, lane);
-        first = load(job + 2 * warps);
-        if (job + warps < jobs) second.expand(slot, table, job + warps, lane);
-        second = load(job + 3 * warps);
-      }
-      fence_global_for_copies();
-    }
-    __syncwarp();
-    if (lane == 0) count_at(ring.ready + expert);
-  }
+  if (last_number >= 0) count_last();
 }
 
 // Every other eight columns of the accumulator are gates, those after them the linear parts of the same eight columns of h, which
@@ -292,15 +202,23 @@ __device__ __forceinline__ void finish_down(const float (&total)[2][64], const A
 }
 
 template <bool UP>
-__device__ __forceinline__ void consume(Shared& shared, const Arguments& arguments, int num_tiles, int rank,
-                                        int group, int thread) {
-  const int clusters = gridDim.x / kCluster, k_blocks = arguments.k_blocks, lane = thread % 32;
+__device__ __forceinline__ void consume(Shared& shared, const Arguments& arguments, int num_tiles, int rank, int group,
+                                        int thread) {
+  const int k_blocks = arguments.k_blocks, lane = thread % 32;
   const int first = 64 * group + 16 * (thread / 32) + lane / 4;
   int stage = 0;
   uint32_t phase = 0;
   const uint32_t first_place = descriptor_place(shared.stages[0]);
   uint32_t place = first_place;
-  for (int index = blockIdx.x / kCluster; index < num_tiles; index += clusters) {
+  int index;
+  const auto next_tile = [&](int turn) {
+    index = announced_tile(shared, turn);
+    __syncwarp();
+    if (lane == 0) tile_read(shared, turn);
+    index = uniform(index);
+  };
+  next_tile(0);
+  for (int turn = 1; __all_sync(0xFFFFFFFFu, index < num_tiles); next_tile(turn++)) {
     const Tile tile = locate(shared, index, arguments, rank).in_uniform();
     // What the end needs is asked for now: a thread's share of the weight rows' scales, to be handed round through shared memory.
     const float2 my_scale = *reinterpret_cast<const float2*>(
@@ -373,16 +291,20 @@ experts_many_kernel(const __grid_constant__ CUtensorMap rows_map, const Argument
       barrier_init(&shared.full[s], 1);
       barrier_init(&shared.empty[s], kCluster * kConsumers / 32);
     }
+    for (int s = 0; s < 2; ++s) {
+      barrier_init(&shared.agenda.announced[s], 1);
+      barrier_init(&shared.agenda.read[s], kCluster * (kConsumers / 32 + 1));
+    }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
-  shared.walk.prepare(arguments);
+  shared.order.prepare(arguments);
   cluster_sync();
-  const int num_tiles = uniform(shared.walk.first_block[arguments.experts] * cluster_tiles(arguments));
+  const int num_tiles = uniform(shared.order.walk.first_block[arguments.experts] * cluster_tiles(arguments));
   if (threadIdx.x >= kConsumers) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 72;");
     const int thread = threadIdx.x - kConsumers, warp = uniform(thread / 32);
     if (warp < kExpanders) {
-      expand(shared, table, arguments, ring, blockIdx.x * kExpanders + warp, thread % 32);
+      expand(shared.order, table, arguments, ring, thread % 32);
     } else if (thread % 32 == 0) {
       produce(shared, rows_map, arguments, ring, num_tiles, rank);
     }
@@ -400,17 +322,15 @@ int launch(const CUtensorMap& rows_map, const Arguments& arguments, const Ring& 
   auto kernel = experts_many_kernel<UP>;
   constexpr int kSharedBytes = sizeof(Shared) + 1024;
   static_assert(kSharedBytes + kTableBytes <= kSharedLimit, "a stage too many");
-  cudaLaunchAttribute attributes[2];
-  attributes[0].id = cudaLaunchAttributeClusterDimension;
-  attributes[0].val.clusterDim = {kCluster, 1, 1};
-  attributes[1].id = cudaLaunchAttributeCooperative;
-  attributes[1].val.cooperative = 1;
+  cudaLaunchAttribute cluster;
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim = {kCluster, 1, 1};
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(kCluster);
   config.blockDim = dim3(kThreads);
   config.dynamicSmemBytes = kSharedBytes;
   config.stream = stream;
-  config.attrs = attributes;
+  config.attrs = &cluster;
   config.numAttrs = 1;
   static int resident = 0;  // clusters that fit on the chip at once; the same on every GPU of a process
   if (resident == 0) {
@@ -421,14 +341,14 @@ int launch(const CUtensorMap& rows_map, const Arguments& arguments, const Ring& 
     resident = clusters;
   }
   config.gridDim = dim3(kCluster * resident);
-  config.numAttrs = 2;
   return cudaLaunchKernelEx(&config, kernel, rows_map, arguments, ring);
 }
 
 }  // namespace
 
 // rows: e4m3 [num_rows, 128 * k_blocks]; row_scales: float32 [k_blocks, scale_stride], scale_stride a multiple of 4. ring_weights:
-// scratch of `slots` expanded experts, tiles * k_blocks * 32,768 bytes each; counters: int [2, experts], zero. Returns a cudaError_t.
+// scratch of `slots` expanded experts, tiles * k_blocks * 32,768 bytes each; counters: int [2 + 2 * experts], zero. Returns a
+// cudaError_t.
 extern "C" int experts_many(int up, const void* rows, const float* row_scales, int num_rows, int k_blocks, int scale_stride,
                             const uint8_t* weights, const float* weight_scale, const int* offsets, const float* route_weight,
                             void* output, float* output_scale, int experts, int tiles, float limit, uint8_t* ring_weights,
@@ -441,7 +361,7 @@ extern "C" int experts_many(int up, const void* rows, const float* row_scales, i
   if (error != cudaSuccess) return error;
   const Arguments arguments{weights,      row_scales, weight_scale, offsets,  route_weight, output,
                             output_scale, experts,    tiles,        k_blocks, scale_stride, limit};
-  const Ring ring{ring_weights, counters, counters + experts, slots};
+  const Ring ring{ring_weights, counters, counters + 2, counters + 2 + experts, slots};
   const auto queue = static_cast<cudaStream_t>(stream);
   return up ? launch<true>(rows_map, arguments, ring, queue) : launch<false>(rows_map, arguments, ring, queue);
 }
