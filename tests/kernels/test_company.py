@@ -138,11 +138,10 @@ def test_a_decoded_request_is_the_same_in_every_company_order_and_size_of_step(r
 
 
 def test_a_chunk_is_the_same_alone_and_packed_with_others(requests: Requests) -> None:
-    """Chunks of up to 1,024 tokens in all: see kernels.gpu_wide_linear."""
-    counts = {20: CHUNK, 21: 257, 22: 1, 23: 37, 11: 129, 0: 64, 30: 1, 12: 128}
+    counts = {20: CHUNK, 21: 257, 22: 1, 23: 37, 11: 129, 0: 64, 30: 1, 12: 128, **dict.fromkeys(range(40, 45), CHUNK)}
     packed = requests.run(list(counts), list(counts.values()))
     odd = {}
-    for members in ([23, 21], [22, 20], [0], [11], [12, 11], [30], [20], [22, 30], [21, 0, 12, 23]):
+    for members in ([23, 21], [22, 20], [0], [11], [12, 11], [30], [20], [22, 30], [21, 0, 12, 23], [44, 40]):
         answer = requests.run(members, [counts[member] for member in members], width=WIDE)
         if differing := answer.differing(packed):
             odd[str(members)] = differing
