@@ -121,7 +121,10 @@ def sample(logits: Tensor, inputs: SamplingInputs) -> Sampled:
 def logprobs_of(logits: Tensor, targets: Tensor, count: int) -> Logprobs:
     """logits float32 [N, V], targets int64 [N]: their log-probabilities and ranks, and the `count` most likely ids."""
     target_logit = logits.gather(-1, targets[:, None])
-    total = logits.logsumexp(dim=-1, keepdim=True)
+    # Summed in float64, so that the float32 of it does not show how a device divides a sum over many rows, or few.
+    largest = logits.amax(dim=-1, keepdim=True)
+    total = largest + (logits - largest).exp().sum(dim=-1, keepdim=True, dtype=torch.float64).log()
+    total = total.float()
     rank = (logits > target_logit).sum(dim=-1) + 1
     if count < logits.shape[-1]:
         top, top_ids = logits.topk(count, dim=-1)

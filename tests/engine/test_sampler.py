@@ -225,6 +225,20 @@ def test_logprobs_are_those_of_the_raw_logits(count):
         assert torch.allclose(got.top_logprobs[row], wanted[row, order[:count]], atol=1e-6)
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_logprobs_of_a_row_do_not_depend_on_how_many_rows_there_are(device):
+    rows, vocab = (300, 129_280) if device == "cuda" else (9, 4_099)
+    logits = 4 * torch.randn(rows, vocab, generator=torch.Generator().manual_seed(1)).to(device)
+    targets = torch.arange(rows, device=device)
+    together = logprobs_of(logits, targets, 5)
+    for count in (1, 2, 5, rows // 2):
+        few = logprobs_of(logits[:count], targets[:count], 5)
+        assert torch.equal(few.logprob, together.logprob[:count])
+        assert torch.equal(few.top_logprobs, together.top_logprobs[:count])
+    exact = logits.double().log_softmax(-1).gather(-1, targets[:, None])[:, 0]
+    assert torch.allclose(together.logprob.double(), exact, rtol=0, atol=2e-6)
+
+
 def test_logprobs_of_constrained_rows_are_still_of_the_raw_logits():
     logits = torch.randn(2, VOCAB, generator=torch.Generator().manual_seed(3))
     best = int(logits[0].argmax())
