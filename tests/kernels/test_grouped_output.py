@@ -73,9 +73,7 @@ def test_float32_activations_stay_as_they_are(generator, device, on_gpu):
     assert float((got - expected).norm()) <= 5e-4 * float(expected.norm())
 
 
-@pytest.mark.parametrize(
-    "tokens", [1, 9, *(pytest.param(tokens, marks=pytest.mark.gpu) for tokens in (40, 129, 300))]
-)
+@pytest.mark.parametrize("tokens", [1, 9, *(pytest.param(tokens, marks=pytest.mark.gpu) for tokens in (40, 129, 300))])
 @pytest.mark.parametrize("rank", [128, 256])
 def test_quantising_in_the_product_changes_no_bit(generator, device, tokens, rank):
     x, _, codes, scales = _case(generator, device, tokens, rank=rank)
