@@ -104,15 +104,18 @@ def test_steps_neither_wait_for_the_default_stream_nor_keep_it_waiting(tiny_chec
         loaded.config, loaded.shape, loaded.features, head=loaded.model.logits, device=loaded.device
     )  # fmt: skip
     sampling = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True)
-    for request_id in ("warm", "r"):  # the first one compiles, which waits for the device
+    for attempt in range(4):
         torch.cuda.synchronize()
-        if request_id == "r":
-            with torch.cuda.stream(torch.cuda.default_stream()):
-                torch.cuda._sleep(1 << 31)  # cycles: about a second
-        engine.submit(Submit(request_id=request_id, prompt_ids=TokenIds(range(3, 40)), sampling=sampling))
+        with torch.cuda.stream(torch.cuda.default_stream()):
+            torch.cuda._sleep(1 << 31)  # cycles: about a second
+        engine.submit(Submit(request_id=f"r{attempt}", prompt_ids=TokenIds(range(3, 40)), sampling=sampling))
         while engine.has_work:
             assert all(isinstance(message, StepOutput) for message in engine.step())
-    assert not torch.cuda.default_stream().query(), "the steps ended first"
+        if not torch.cuda.default_stream().query():
+            break
+        # The first ones compile and load kernels, which waits for the device.
+    else:
+        pytest.fail("the default stream was always the first to end")
     torch.cuda.synchronize()
 
 
