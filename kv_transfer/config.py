@@ -82,7 +82,7 @@ class TransferConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     window: int = 64
     """Reads in flight per engine."""
     max_read_bytes: int | Literal["auto"] = "auto"
-    """Neighbouring pages are read together up to this size; larger records are read in parts. "auto": 4 MiB over TCP,
+    """Neighbouring pages are read together up to this size; larger records are read in parts. "auto": 1 MiB over TCP,
     where every connection carries one read at a time, 16 MiB over transports that divide a read themselves."""
     lanes_per_peer: int = 8
     """TCP connections per peer."""
@@ -108,7 +108,7 @@ class TransferConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     def read_bytes_limit(self) -> int:
         """`max_read_bytes`, resolved."""
         if self.max_read_bytes == "auto":
-            return 4 << 20 if self.transport == "tcp" else 16 << 20
+            return 1 << 20 if self.transport == "tcp" else 16 << 20
         return self.max_read_bytes
 
     @property
