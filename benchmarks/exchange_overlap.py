@@ -16,19 +16,16 @@ medians of the slowest rank, milliseconds.
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import statistics
 import sys
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 
 import msgspec
 import torch
 from torch import Tensor
 
-from benchmarks.expert_exchange import EXPERTS, FixedPlan, tokens_of
+from benchmarks.expert_exchange import EXPERTS, FixedPlan, on_every_rank, tokens_of
 from benchmarks.gpu_rank import Repeated, first_layers, seconds
-from benchmarks.ports import free_port
 from engine.dummy_weights import load_dummy_weights
 from engine.expert_exchange import ExpertExchange
 from engine.rank_group import RankGroup
@@ -149,10 +146,7 @@ def main() -> int:
     ranks, parts, sums = torch.cuda.device_count(), [int(n) for n in options.parts.split(",")], options.sums.split(",")
     if not ranks:
         parser.error("a GPU for each rank is needed")
-    port = free_port()
-    with ProcessPoolExecutor(ranks, mp_context=multiprocessing.get_context("spawn")) as pool:
-        running = [pool.submit(run_rank, rank, ranks, port, options.tokens, parts, sums) for rank in range(ranks)]
-        results = [future.result() for future in running]
+    results = on_every_rank(ranks, run_rank, options.tokens, parts, sums)
     alone, exchange = max(t.alone for t in results), max(t.exchange for t in results)
     print(f"{ranks} x {torch.cuda.get_device_name(0)}, {options.tokens} tokens a rank, one MoE sublayer\n")
     print("| what | ms | of the exchange hidden |\n|---|---|---|")

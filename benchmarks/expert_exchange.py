@@ -13,23 +13,25 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
-import socket
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from typing import TypeVar
 
 import msgspec
 import torch
 from torch import Tensor
 
+from benchmarks.ports import free_port
 from engine.expert_exchange import ExpertExchange
 from engine.parallel import StepPlan
 from engine.rank_group import RankGroup
 from kernels.exchange_rows import QuantizedTokens, RowFormat
 from model.moe import ExpertCompute
 
+T = TypeVar("T")
 TOPK = 6
 EXPERTS = 256
 TIMEOUT_S = 60.0
@@ -137,6 +139,14 @@ def run_rank(rank: int, ranks: int, port: int, kind: str, sizes: list[int], hidd
         group.close()
 
 
+def on_every_rank(ranks: int, run: Callable[..., T], *arguments: object) -> list[T]:
+    """What `run(rank, ranks, port, *arguments)` returns in a process for each rank; they meet at the port."""
+    port = free_port()
+    with ProcessPoolExecutor(ranks, mp_context=multiprocessing.get_context("spawn")) as pool:
+        running = [pool.submit(run, rank, ranks, port, *arguments) for rank in range(ranks)]
+        return [future.result() for future in running]
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
@@ -147,14 +157,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     ranks = options.ranks or (torch.cuda.device_count() if options.device == "cuda" else 2)
     sizes = [int(size) for size in options.tokens.split(",")]
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
-    with ProcessPoolExecutor(ranks, mp_context=multiprocessing.get_context("spawn")) as pool:
-        running = [
-            pool.submit(run_rank, rank, ranks, port, options.device, sizes, options.hidden, options.part_tokens)
-            for rank in range(ranks)
-        ]
-        results = [future.result() for future in running]
+    results = on_every_rank(ranks, run_rank, options.device, sizes, options.hidden, options.part_tokens)
     print(f"{ranks} rank(s), {options.device}, {options.hidden} channels, e4m3 rows out, float32 sums back; all exact")
     print(f"{'tokens':>8s}{'eager us':>12s}{'captured us':>13s}{'sent MB':>10s}{'GB/s':>8s}")
     for cases in zip(*results, strict=True):

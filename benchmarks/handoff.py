@@ -41,7 +41,7 @@ from kv_transfer.pieces import Piece, split
 
 LIMIT = 0.9
 NODE_GBPS, NODE_TOKENS = 120.0, 8192
-"""Of the reads within a node, for states that are not small, of pages as pools hand them out."""
+"""Of the reads within a node, for states that are not small."""
 WARM_UP = 6
 """Rounds that open connections and touch memory."""
 NAP_S = 0.0003
@@ -184,9 +184,8 @@ def holds(rows: Sequence[Row]) -> bool:
 
 
 def holds_within_a_node(rows: Sequence[Row]) -> bool:
-    """A device copies one buffer several times as fast as the pages of a state, so what counts is the rate of those.
-    Telling the driver about so many copies as scattered pages are takes longer than the copies."""
-    large = [row for row in rows if row.num_tokens >= NODE_TOKENS and row.order != "scattered"]
+    """A device copies one buffer several times as fast as the pages of a state, so what counts is the rate of those."""
+    large = [row for row in rows if row.num_tokens >= NODE_TOKENS]
     rates = [row.num_bytes / statistics.median(row.reads) / 1e9 for row in large]
     slowest = min(rates, default=0.0)
     print(f"slowest reads of {NODE_TOKENS} tokens and more: {slowest:.0f} GB/s, limit {NODE_GBPS:.0f}")
