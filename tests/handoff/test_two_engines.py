@@ -135,8 +135,7 @@ def test_two_engines_say_what_one_says_on_a_gpu(tiny_checkpoint: Path, numerics:
 @pytest.mark.parametrize("transport", ["intra_node", "tcp"])
 def test_two_engines_say_what_one_says_at_the_width_of_flash(tmp_path: Path, transport: str) -> None:
     engine, vocab = at_the_width_of_flash(tmp_path)
-    # One after the other: so it has been shown on a GPU (docs/kernels.md).
-    compare(engine, transport, (1, 300, 2500, 6000, 257), vocab, at_once=False)
+    compare(engine, transport, (1, 300, 2500, 6000, 257), vocab)
 
 
 @pytest.mark.gpu(2)
