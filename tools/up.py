@@ -36,6 +36,8 @@ class ProcessConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """Relative to the cluster's own file."""
     set: tuple[str, ...] = ()
     """Overrides, as for `--set`."""
+    env: dict[str, str] = {}
+    """Added to the environment, such as CUDA_VISIBLE_DEVICES for nodes that share a machine."""
 
 
 class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -94,6 +96,7 @@ class Program:
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,
+            env=os.environ | self._config.env,
             start_new_session=True,
             preexec_fn=_die_with_parent,
         )

@@ -17,6 +17,7 @@ from tools.check_configs import CONFIGS, check_folder
 from tools.config_rules import plan_of, problems
 from tools.memory_plan import rank_weights, state_layout
 from tools.topology import KIND_OF, Process, Topology, load_processes, load_topology
+from tools.up import ClusterConfig
 
 MODULES = {"prefill": "prefill_node", "decode": "decode_node", "router": "router"}
 
@@ -171,3 +172,14 @@ def test_a_folder_without_a_topology_is_checked_file_by_file(tmp_path: Path) -> 
     _, found = check_folder(tmp_path)
     assert len(found) == 1
     assert "$.server.port" in found[0]
+
+
+def test_the_one_command_of_a_node_starts_the_deployment_its_topology_describes() -> None:
+    cluster = configuration.load(CONFIGS / "h200" / "cluster.yaml", ClusterConfig)
+    started = {
+        (process.module, process.config, process.env.get("CUDA_VISIBLE_DEVICES", "")) for process in cluster.processes
+    }
+    topology = load_topology(CONFIGS / "h200")
+    assert topology is not None
+    described = topology.deployments[0].processes
+    assert started == {(place.module, place.config, ",".join(map(str, place.gpus))) for place in described}
