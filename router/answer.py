@@ -4,10 +4,10 @@ import enum
 
 import orjson
 
+from router.exchange import ConnectionBroken
 from router.http1 import ResponseHead
 from router.legs import Leg
 from router.recovery import Failure
-from router.upstream import ConnectionBroken
 
 KEEP_ALIVE = b": keep-alive\n\n"
 """What a node sends on a stream that has no token yet."""

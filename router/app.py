@@ -78,6 +78,9 @@ class AiohttpSink:
     def write_now(self, data: bytes) -> bool:
         return False
 
+    def write_chunk(self, data: bytes) -> bool:
+        return False
+
     def break_off(self) -> None:
         if self._request.transport is not None:
             self._request.transport.abort()

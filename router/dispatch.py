@@ -404,12 +404,12 @@ class _Job:
             return whole if usage is None else corrected_events(whole, usage)
 
         def pass_on(data: bytes) -> bool:
-            """The short way for whole events that come while nobody waits for anything: no task is woken for them."""
+            """For whole events that come while nobody waits for anything: no task is woken for them."""
             return data.endswith(b"\n\n") and events.empty and usage is None and sink.write_now(data)
 
         leg.begin_stream()
         data = answer.data
-        exchange.relay_to(pass_on)
+        exchange.relay_to(pass_on, sink.write_chunk if usage is None else None)
         while True:
             if data:
                 if whole := cut(data):

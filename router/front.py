@@ -92,10 +92,28 @@ class Front:
 class ClientConnection(asyncio.Protocol):
     """One connection, one request at a time."""
 
+    __slots__ = (
+        "_body",
+        "_buffer",
+        "_descriptor",
+        "_drained",
+        "_front",
+        "_head",
+        "_missing",
+        "_queued",
+        "_reading",
+        "_transport",
+        "_waits",
+        "heard_at",
+        "task",
+    )
+
     def __init__(self, front: Front) -> None:
         self._front = front
         self._transport: asyncio.Transport | None = None
         self._descriptor = -1
+        self._queued = False
+        """The transport was given something that may still wait there."""
         self._buffer = b""
         self._body: list[bytes] = []
         self._missing = 0
@@ -258,6 +276,7 @@ class ClientConnection(asyncio.Protocol):
         """Raises ClientGone."""
         if self._transport is None or self._transport.is_closing():
             raise ClientGone
+        self._queued = True
         self._transport.write(parts[0] if len(parts) == 1 else b"".join(parts))
 
     def write_now(self, data: bytes) -> bool:
@@ -268,15 +287,19 @@ class ClientConnection(asyncio.Protocol):
         # A transport that is closing may have given its descriptor back, and that may be somebody else's by now.
         if transport is None or self._drained is not None or transport.is_closing():
             return False
-        sent = 0
-        if not transport.get_write_buffer_size():
-            try:
-                sent = os.write(self._descriptor, data)
-            except BlockingIOError:
-                pass
-            except OSError:
-                return False
+        if self._queued:
+            if transport.get_write_buffer_size():
+                transport.write(data)
+                return True
+            self._queued = False
+        try:
+            sent = os.write(self._descriptor, data)
+        except BlockingIOError:
+            sent = 0
+        except OSError:
+            return False
         if sent < len(data):
+            self._queued = True
             transport.write(data[sent:])
         return True
 
@@ -343,7 +366,7 @@ def _parse(data: bytes) -> _RequestHead | None:
 class RawSink:
     """The answer on one of these connections."""
 
-    __slots__ = ("_connection", "_head", "_own_headers", "status")
+    __slots__ = ("_connection", "_head", "_own_headers", "status", "write_chunk")
 
     def __init__(self, connection: ClientConnection, own_headers: str) -> None:
         self._connection = connection
@@ -351,6 +374,7 @@ class RawSink:
         self._head = b""
         """Not sent yet: it goes out together with the first bytes of the body."""
         self.status = 0
+        self.write_chunk = connection.write_now
 
     @property
     def started(self) -> bool:

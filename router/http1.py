@@ -134,21 +134,12 @@ class ResponseParser:
             return [data] if data else []
         return self._feed_length(data)
 
-    def whole_chunk(self, data: bytes) -> bytes | None:
-        """The body bytes of `data` if it is exactly one chunk in the middle of a body. Otherwise None: `feed` it."""
-        if self._buffer or self._left or self._after_data or self._in_trailers or self.head is None:
-            return None
-        eol = data.find(b"\r\n")
-        digits, _, extension = data[:eol].partition(b";")
-        try:
-            size = int(digits, 16)
-        except ValueError:
-            return None
-        if not size or not self.head.chunked or len(data) != eol + size + 4 or data[-2:] != b"\r\n":
-            return None
-        if extension:
-            self.notes += b";" + extension
-        return data[eol + 2 : -2]
+    @property
+    def at_chunk(self) -> bool:
+        """In a chunked body, where a chunk is to begin and nothing of it is here."""
+        if self.head is None or not self.head.chunked or self.done:
+            return False
+        return not (self._buffer or self._left or self._after_data or self._in_trailers)
 
     def end_of_input(self) -> bool:
         """The peer closed. Whether that completes the response (it does when only the close marks its end)."""

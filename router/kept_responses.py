@@ -11,10 +11,11 @@ import orjson
 
 from api.response_ids import is_kept_by, response_of_item
 from router.errors import RouteError
+from router.exchange import UpstreamError, UpstreamTimeout
 from router.proxy import Proxied, ask, forwarded
 from router.registry import Node, Registry
 from router.request import Request
-from router.upstream import Upstream, UpstreamError, UpstreamTimeout
+from router.upstream import Upstream
 from runtime.errors import RequestError
 
 RESPONSES = "/v1/responses"

@@ -6,10 +6,11 @@ from typing import Literal
 from api.resume import ASK_HEADER
 from router.bodies import Body, decode_body, prefill_body
 from router.config import DeadlineConfig
+from router.exchange import Exchange
 from router.registry import Target
 from router.request import Request
 from router.transfers import Transfer
-from router.upstream import Exchange, Upstream
+from router.upstream import Upstream
 
 ASK_NOTES = f"{ASK_HEADER.lower()}: 1\r\n"
 FORWARDED_HEADERS = ("authorization", "x-api-key", "traceparent", "tracestate", "anthropic-version", "anthropic-beta")

@@ -5,10 +5,11 @@ from collections.abc import Callable, Mapping
 
 from api.body import check_media_type
 from router.errors import RouteError, no_nodes
+from router.exchange import ConnectFailed, UpstreamError, UpstreamTimeout
 from router.http1 import ResponseHead
 from router.legs import FORWARDED_HEADERS
 from router.registry import Node, Registry
-from router.upstream import ConnectFailed, Upstream, UpstreamError, UpstreamTimeout
+from router.upstream import Upstream
 
 _ANSWER_S = 60.0
 

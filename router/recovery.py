@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from router.errors import RouteError
-from router.upstream import ConnectFailed, UpstreamError, UpstreamTimeout
+from router.exchange import ConnectFailed, UpstreamError, UpstreamTimeout
 
 
 class Step(enum.Enum):

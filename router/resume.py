@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 from api.resume import read_notes
 
 if TYPE_CHECKING:
+    from router.exchange import Exchange
     from router.request import Request
-    from router.upstream import Exchange
 
 _PATHS = frozenset(("/v1/chat/completions", "/v1/completions", "/v1/messages", "/inference/v1/generate"))
 

@@ -41,6 +41,10 @@ class Sink(Protocol):
         """
         ...
 
+    def write_chunk(self, data: bytes) -> bool:
+        """As `write_now`, of a piece of body that is framed already: one chunk of HTTP/1.1 (RFC 9112, 7.1)."""
+        ...
+
     def break_off(self) -> None:
         """End the connection without ending the body, so that the client cannot take it for whole."""
 
@@ -72,6 +76,9 @@ class MemorySink:
     def write_now(self, data: bytes) -> bool:
         self.body += data
         return True
+
+    def write_chunk(self, data: bytes) -> bool:
+        return False
 
     def break_off(self) -> None:
         pass

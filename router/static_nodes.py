@@ -11,10 +11,11 @@ from google.protobuf import json_format
 
 from proto import cluster_pb2 as pb
 from router.config import NodesConfig, StaticNode
+from router.exchange import UpstreamError
 from router.nodes import NodeInfo, RankLoad, Refused, Role, node_from_proto
 from router.proxy import Proxied, ask
 from router.registry import Node, Registry, Release
-from router.upstream import Upstream, UpstreamError
+from router.upstream import Upstream
 
 log = logging.getLogger(__name__)
 

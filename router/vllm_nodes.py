@@ -12,10 +12,10 @@ from urllib.parse import urlsplit
 import orjson
 
 from router.config import NodesConfig, StaticNode
+from router.exchange import UpstreamError
 from router.nodes import NodeInfo, RankInfo, Role
 from router.registry import Registry, Release
 from router.static_nodes import Asker, NotReady, Seen
-from router.upstream import UpstreamError
 
 DEFAULT_BOOTSTRAP_PORT = 8998
 NO_SUCH_MODEL = "tandem-router-releases-a-transfer"

@@ -147,30 +147,16 @@ def test_a_huge_chunk_with_an_extension_is_refused_before_it_is_collected():
         parser.feed(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n7fffffff;t=1\r\nabc")
 
 
-@given(st.binary(max_size=60), st.sampled_from([b"", b";t=1", b";end"]), st.booleans())
-def test_the_short_way_for_whole_chunks_agrees_with_the_long_one(data, note, cut):
-    head = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"
-    chunk = b"%x%b\r\n%b\r\n" % (len(data), note, data)
-    chunk = chunk[:-1] if cut else chunk
-    short, long = ResponseParser(), ResponseParser()
-    for parser in (short, long):
-        parser.feed(head)
-    piece = short.whole_chunk(chunk)
-    pieces = long.feed(chunk)
-    if piece is None:
-        assert cut or not data
-    else:
-        assert ([piece], short.notes) == (pieces, long.notes)
-        assert not short.done
-        assert short.feed(b"0\r\n\r\n") == []
-        assert short.done
-
-
-def test_the_short_way_is_not_taken_in_the_middle_of_anything():
+def test_where_a_chunk_begins_is_known():
     parser = ResponseParser()
-    assert parser.whole_chunk(b"3\r\nabc\r\n") is None
-    parser.feed(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n5\r\nab")
-    assert parser.whole_chunk(b"3\r\nabc\r\n") is None
+    assert not parser.at_chunk
+    expected = []
+    for byte in b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n3;a\r\nabc\r\n2\r\nde\r\n0\r\n\r\n":
+        parser.feed(bytes([byte]))
+        expected.append(parser.at_chunk)
+    body = "HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"
+    begins = {len(body) - 1, len(body + "3;a\r\nabc\r\n") - 1, len(body + "3;a\r\nabc\r\n2\r\nde\r\n") - 1}
+    assert {at for at, begin in enumerate(expected) if begin} == begins
     parser = ResponseParser()
     parser.feed(b"HTTP/1.1 200 OK\r\ncontent-length: 20\r\n\r\n")
-    assert parser.whole_chunk(b"3\r\nabc\r\n") is None
+    assert not parser.at_chunk

@@ -7,13 +7,13 @@ import pytest
 
 from router.answer import WholeEvents
 from router.bodies import decode_body, prefill_body
+from router.exchange import ConnectFailed, ConnectionBroken, NodeLost, UpstreamTimeout
 from router.nodes import NodeInfo, RankInfo, RankLoad, Refused, Role
 from router.policies import Question, least_loaded, round_robin, session_affinity
 from router.recovery import Facts, Failure, Step, decide
 from router.registry import Registry, Release
 from router.request import Request
 from router.transfers import TransferTable
-from router.upstream import ConnectFailed, ConnectionBroken, NodeLost, UpstreamTimeout
 from router.usage import corrected, corrected_events, usage_of
 from runtime.errors import RequestError
 
