@@ -126,23 +126,30 @@ struct RingPlace {
   }
 };
 
-// `full_arrivals`: of the gather group's threads, for each half of a tile.
-template <bool kLate, int kStages>
+// Barriers count threads. `full_arrivals`: of the gather group's, for each half of a tile.
+template <int kStages>
 __device__ __forceinline__ void init_barriers(Shared<kStages>& shared, const int (&full_arrivals)[2]) {
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < kStages; ++stage) {
       for (int half = 0; half < 2; ++half) {
         barrier_init(&shared.full[stage][half], full_arrivals[half]);
-        barrier_init(&shared.empty[stage][half], kGroup / 32);
+        barrier_init(&shared.empty[stage][half], kGroup);
       }
     }
     for (int slot = 0; slot < 2; ++slot) {
-      barrier_init(&shared.weights_ready[slot], kLate ? kGroup / 32 : kGroup);
-      barrier_init(&shared.weights_empty[slot], 2 * kGroup / 32);
+      barrier_init(&shared.weights_ready[slot], kGroup);
+      barrier_init(&shared.weights_empty[slot], 2 * kGroup);
     }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   __syncthreads();
+}
+
+// One lane arrives for its warp, which has just waited for a product: that orders what the other lanes read and wrote, too. Without
+// a product between, every thread arrives itself: the compiler drops the __syncwarp() of a warp that cannot have diverged, and what
+// then orders the lanes is nothing that a race checker sees.
+__device__ __forceinline__ void arrive_for_warp(uint64_t* barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0], 32;" ::"r"(shared_address(barrier)) : "memory");
 }
 
 __device__ __forceinline__ uint32_t pack_bf16(float low, float high) {

@@ -55,9 +55,7 @@ __device__ __forceinline__ void take_query(Shared<kStages>& shared, const uint8_
   for (int i = 0; i < kPieces; ++i) *reinterpret_cast<uint4*>(query_tile + (i * kGroup + thread) * 16) = piece[i];
   fence_async_proxy();
   sync_threads_of(kLogitsBarrier, kGroup);
-  if (lane == 0) {
-    for (int half = 0; half < 2; ++half) barrier_arrive(&shared.empty[at.stage][half]);
-  }
+  for (int half = 0; half < 2; ++half) barrier_arrive(&shared.empty[at.stage][half]);
   at.advance();
 }
 
@@ -85,7 +83,7 @@ __device__ __forceinline__ void weigh_tile(const Arguments& a, Shared<kStages>& 
   wgmma_wait<0>();
   if constexpr (kLate) {
     __syncwarp();
-    if (!first && lane == 0) barrier_arrive(&shared.weights_ready[at.slot ^ 1]);
+    if (!first && lane == 0) arrive_for_warp(&shared.weights_ready[at.slot ^ 1]);
   }
 
   const int4 holes = shared.holes[at.tile.stage];
@@ -163,12 +161,7 @@ __device__ __forceinline__ void weigh_tile(const Arguments& a, Shared<kStages>& 
   }
   if (row == 0 && lane == 0) shared.last[at.slot] = kLast;
   fence_async_proxy();
-  if constexpr (!kLate) {
-    barrier_arrive(&shared.weights_ready[at.slot]);
-  } else if constexpr (kLast) {
-    __syncwarp();
-    if (lane == 0) barrier_arrive(&shared.weights_ready[at.slot]);
-  }
+  if constexpr (kLast || !kLate) barrier_arrive(&shared.weights_ready[at.slot]);
   at.tile.advance();
   at.slot ^= 1;
   if (at.slot == 0) at.slot_phase ^= 1;

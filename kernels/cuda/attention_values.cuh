@@ -154,8 +154,8 @@ __device__ __forceinline__ void sum_values(const Arguments& a, Shared<kStages>& 
       wgmma_wait<0>();
       __syncwarp();
       if (lane == 0) {
-        barrier_arrive(&shared.empty[stage][side]);
-        barrier_arrive(&shared.weights_empty[slot]);
+        arrive_for_warp(&shared.empty[stage][side]);
+        arrive_for_warp(&shared.weights_empty[slot]);
       }
       if (++stage == kStages) stage = 0;
       slot ^= 1;

@@ -146,7 +146,7 @@ __global__ void __launch_bounds__(kThreads, 1) chunk_attention_kernel(const Argu
   uint8_t* tiles = aligned_to_1024(unaligned);
   uint8_t* weights = tiles + kStages * kTile;
   uint8_t* query_tile = weights + 2 * kWeights;
-  init_barriers<true>(shared, {kGroup + kGroup / 8, kGroup});
+  init_barriers(shared, {kGroup + kGroup / 8, kGroup});
   const int group = threadIdx.x / kGroup, thread = threadIdx.x % kGroup;
   if (group == 0) {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 160;");
