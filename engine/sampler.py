@@ -124,13 +124,12 @@ def logprobs_of(logits: Tensor, targets: Tensor, count: int) -> Logprobs:
     # Summed in float64, so that the float32 of it does not show how a device divides a sum over many rows, or few.
     largest = logits.amax(dim=-1, keepdim=True)
     total = largest + (logits - largest).exp().sum(dim=-1, keepdim=True, dtype=torch.float64).log()
-    total = total.float()
     rank = (logits > target_logit).sum(dim=-1) + 1
     if count < logits.shape[-1]:
         top, top_ids = logits.topk(count, dim=-1)
     else:
         top, top_ids = logits.sort(dim=-1, descending=True, stable=True)
-    return Logprobs((target_logit - total)[:, 0], rank, top_ids, top - total)
+    return Logprobs((target_logit - total).float()[:, 0], rank, top_ids, (top - total).float())
 
 
 def _constrain(logits: Tensor, inputs: SamplingInputs) -> None:
