@@ -15,11 +15,11 @@ from model.transformer import Transformer
 
 
 def load_dummy_weights(model: Transformer, config: ModelConfig, seed: int) -> None:
-    """Fill every weight of `model`. The same seed gives the same weights on the same kind of device."""
+    """Fill every weight of `model`. The same seed gives the same weights on the same kind of device, however many ranks
+    share the experts."""
     specs = {spec.name: spec for spec in inventory(config)}
-    generator = torch.Generator(model.device).manual_seed(seed)
     drawn = {f"layers.{number}.ffn.experts." for number, layer in enumerate(model.layers)
-             if layer.ffn.bank.fill_random(generator)}  # fmt: skip
+             if layer.ffn.bank.fill_random(f"layers.{number}.ffn.experts", seed)}  # fmt: skip
     for name, holder in model.holders().items():
         if name.partition(".experts.")[0] + ".experts." not in drawn:
             _load(holder, specs[name], config, seed, model.device)

@@ -12,6 +12,7 @@ checkpoint is near that). Source of the register order: PTX ISA, wgmma fragments
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -133,10 +134,11 @@ def pack_bank(weights: ExpertWeights) -> PackedBank:
     )
 
 
-def fill_random(packed: PackedExperts, generator: torch.Generator) -> None:
-    """Random weights of about unit gain. Every pattern of code bytes is valid, so they are drawn as they will lie."""
+def fill_random(packed: PackedExperts, generators: Iterable[torch.Generator]) -> None:
+    """Random weights of about unit gain, each expert's from its own of `generators`. Every pattern of code bytes is
+    valid, so they are drawn as they will lie."""
     split = TILE_ROWS // UNIT_ROWS * UNIT_BYTES
-    for data in packed.data:  # one expert at a time: drawing needs temporary memory of its size
+    for data, generator in zip(packed.data, generators, strict=True):
         data.random_(0, 256, generator=generator)
         data[..., split:].random_(0, 3, generator=generator).mul_(8)
     channels = packed.data.shape[2] * STAGE_K

@@ -21,6 +21,7 @@ from kernels.query_heads import QueryHeads, query_heads
 from kernels.row_linear import row_linear
 from kernels.wide_linear import wide_linear
 from model.config import EXPERT_GROUP, QUANT_TILE, ModelConfig
+from model.random_weights import generator_of
 
 
 class Numerics(NamedTuple):
@@ -223,12 +224,15 @@ class ExpertBank:
             values, scales = self.weights.w2, self.weights.w2_scale
         return _Slice(values[local, rows], None if scales is None else scales[local, rows])
 
-    def fill_random(self, generator: torch.Generator) -> bool:
-        """Random experts drawn where they will lie, if their layout allows; False leaves that to the holders."""
+    def fill_random(self, prefix: str, seed: int) -> bool:
+        """Random experts drawn where they will lie, if their layout allows; False leaves that to the holders. An expert
+        is the same on whatever rank it is: drawn from `seed`, `prefix` and its global number."""
         if self._hopper is None:
             return False
-        for packed in (self._hopper.bank.up, self._hopper.bank.down):
-            fill_random(packed, generator)
+        for matrix, packed in (("up", self._hopper.bank.up), ("down", self._hopper.bank.down)):
+            first, count, device = self.weights.first, len(packed.data), self._numerics.device
+            names = (f"{prefix}.{expert}.{matrix}" for expert in range(first, first + count))
+            fill_random(packed, (generator_of(name, seed, device) for name in names))
         return True
 
 

@@ -18,12 +18,17 @@ LOGIT_SCALE = 3.0
 """Standard deviation of the logits, roughly: sampling differs from greedy, greedy does not repeat one token."""
 
 
+def generator_of(name: str, seed: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """Where the numbers of `name` come from. Each kind of device draws others."""
+    digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
 def random_weight(spec: TensorSpec, config: ModelConfig, seed: int, device: torch.device | str = "cpu") -> Tensor:
     """The values of one weight (not a scale) before quantisation: float32, or int64 for tid2eid.
 
-    Packed FP4 weights come unpacked, [out, in]. They are drawn on `device`, and each kind draws other numbers."""
-    digest = hashlib.blake2b(f"{seed}:{spec.name}".encode(), digest_size=8).digest()
-    generator = torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
+    Packed FP4 weights come unpacked, [out, in]. They are drawn on `device`."""
+    generator = generator_of(spec.name, seed, device)
     shape = (*spec.shape[:-1], 2 * spec.shape[-1]) if spec.dtype == "I8" else spec.shape
     leaf = spec.name.rpartition(".")[2]
     owner = spec.name.split(".")[-2] if "." in spec.name else ""

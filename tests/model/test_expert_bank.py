@@ -15,9 +15,11 @@ CONFIG = tiny()
 EXPERTS = range(2, 5)
 
 
+HOW = Numerics(torch.bfloat16, True, True, torch.device("cpu"))
+
+
 def banks():
-    how = Numerics(torch.bfloat16, True, True, torch.device("cpu"))
-    return ExpertBank(CONFIG, EXPERTS, how), ExpertBank(CONFIG, EXPERTS, how, hopper=True)
+    return ExpertBank(CONFIG, EXPERTS, HOW), ExpertBank(CONFIG, EXPERTS, HOW, hopper=True)
 
 
 def matrices(generator):
@@ -53,9 +55,9 @@ def test_only_quantised_experts_are_packed():
 def test_drawn_experts_are_finite_seeded_and_of_unit_gain():
     plain, packed = banks()
     again = banks()[1]
-    assert not plain.fill_random(torch.Generator().manual_seed(3)), "the checkpoint's layout is left to the holders"
+    assert not plain.fill_random("experts", 3), "the checkpoint's layout is left to the holders"
     for bank in (packed, again):
-        assert bank.fill_random(torch.Generator().manual_seed(3))
+        assert bank.fill_random("experts", 3)
     for matrix, other in ((packed.weights.up, again.weights.up), (packed.weights.down, again.weights.down)):
         assert torch.equal(matrix.data, other.data)
         values = unpack_values(matrix)
@@ -63,3 +65,14 @@ def test_drawn_experts_are_finite_seeded_and_of_unit_gain():
         gain = float(values.std()) * math.sqrt(values.shape[-1])
         assert 0.6 < gain < 1.6
         assert not torch.equal(values[0], values[1])
+
+
+def test_a_drawn_expert_is_the_same_on_whatever_rank_it_is():
+    whole = banks()[1]
+    part = ExpertBank(CONFIG, EXPERTS[1:], HOW, hopper=True)
+    for bank in (whole, part):
+        assert bank.fill_random("layers.3.ffn.experts", 3)
+    for matrix in ("up", "down"):
+        all_data, some = getattr(whole.weights, matrix).data, getattr(part.weights, matrix).data
+        assert torch.equal(all_data[1:], some)
+        assert not torch.equal(all_data[0], some[0])
