@@ -111,6 +111,8 @@ class Exchange:
         While nothing waits, chunks with whole events go to `write_chunk`, if there is one, framed as they came.
         """
         self._relay, self.write_chunk = relay, write_chunk
+        if self._connection is not None:
+            self._connection.acknowledge_lazily()
 
     def close(self) -> None:
         """Forget it. An unfinished request is cancelled by closing its connection, which is how nodes learn of it."""

@@ -80,6 +80,24 @@ def parse_response_head(data: bytes) -> ResponseHead:
     return ResponseHead(status, headers, keep_alive, length, chunked)
 
 
+def whole_chunks(data: bytes) -> tuple[bytes, bytes] | None:
+    """The body bytes and the extensions of `data`, if it is nothing but chunks, all of them whole.
+
+    None: that takes a `ResponseParser`. So does what is rare: sizes not in plain hex, and CRLF in the body.
+    """
+    lines = data.split(b"\r\n")
+    if lines.pop() or len(lines) % 2:
+        return None
+    pieces, extensions = lines[1::2], b""
+    for line, piece in zip(lines[::2], pieces, strict=True):
+        size, semicolon, extension = line.partition(b";")
+        if not piece or size != b"%x" % len(piece):
+            return None
+        if extension:
+            extensions += semicolon + extension
+    return b"".join(pieces), extensions
+
+
 class ResponseParser:
     """One response after another on one connection.
 

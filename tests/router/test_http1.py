@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from router.http1 import MAX_HEAD_BYTES, ProtocolError, ResponseParser
+from router.http1 import MAX_HEAD_BYTES, ProtocolError, ResponseParser, whole_chunks
 
 LENGTH = b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nX-A:  b \r\n\r\nhello"
 CHUNKED = (
@@ -160,3 +160,26 @@ def test_where_a_chunk_begins_is_known():
     parser = ResponseParser()
     parser.feed(b"HTTP/1.1 200 OK\r\ncontent-length: 20\r\n\r\n")
     assert not parser.at_chunk
+
+
+@given(
+    st.lists(st.tuples(st.binary(max_size=20), st.sampled_from([b"", b";t=1", b";end"])), max_size=4),
+    st.binary(max_size=4),
+)
+def test_whole_chunks_are_what_the_parser_makes_of_them(chunks, rest):
+    data = b"".join(b"%x%b\r\n%b\r\n" % (len(piece), note, piece) for piece, note in chunks) + rest
+    found = whole_chunks(data)
+    if not rest and all(piece and b"\r" not in piece and b"\n" not in piece for piece, _ in chunks):
+        assert found is not None
+    if found is not None:
+        parser = ResponseParser()
+        pieces = parser.feed(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n" + data)
+        assert found == (b"".join(pieces), bytes(parser.notes))
+        assert parser.at_chunk
+
+
+@pytest.mark.parametrize("size", [b"+1", b"01", b"0x1", b" 1", b"1 ", b"1_", b"-1", b"", b"2", b"A"])
+def test_whole_chunks_have_sizes_in_plain_hex(size):
+    assert whole_chunks(size + b"\r\nx\r\n") is None
+    assert whole_chunks(b"1\r\nx\r\n") == (b"x", b"")
+    assert whole_chunks(b"1\r\nx\r\n0\r\n\r\n") is None

@@ -1,6 +1,7 @@
 """A node's bytes on their way to a client: the short way for whole events gives what the long way gives."""
 
 import asyncio
+import socket
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,8 +18,12 @@ class Wire(asyncio.Transport):
     """The node's side of a connection."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__({"socket": self})
         self.closed = self.paused = False
+        self.options: list[tuple[int, int, int]] = []
+
+    def setsockopt(self, *option):
+        self.options.append(option)
 
     def writelines(self, parts):
         pass
@@ -148,13 +153,33 @@ def test_events_that_come_one_by_one_take_the_short_way_and_keep_their_framing()
     assert bytes(exchange.notes) == b"".join(b";t=%d" % number for number in range(20))
 
 
+def test_events_that_come_together_go_out_as_one_chunk():
+    client = Client()
+    _, connection, exchange = stream(client)
+    connection.data_received(b"".join(chunk(b"data: %d\n\n" % number, b";t=%d" % number) for number in range(3)))
+    assert client.calls == ["chunk"]
+    assert client.wire.endswith(chunk(b"data: 0\n\ndata: 1\n\ndata: 2\n\n"))
+    assert bytes(exchange.notes) == b";t=0;t=1;t=2"
+
+
+def test_acknowledgements_are_lazy_on_streams_only():
+    origin, wire = Origin(), Wire()
+    connection = NodeConnection(origin)
+    connection.connection_made(wire)
+    exchange = Exchange(origin, lambda: None)
+    connection.start(exchange, [b"request"])
+    assert wire.options == []
+    exchange.relay_to(Client().relay, None)
+    assert wire.options == [(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 0)]
+
+
 def test_it_is_open_again_after_anything_else():
     client = Client()
     _, connection, _ = stream(client)
     event = chunk(b"data: x\n\n")
-    for odd in (event + event, event[:5], b"C\r\ndata: 12345\n\r\n", event.replace(b"\r\n", b" \r\n", 1)):
+    for odd in (event + event[:5], event[:5], b"C\r\ndata: 12345\n\r\n", event.replace(b"\r\n", b" \r\n", 1)):
         connection.data_received(odd)
-        if odd == event[:5]:
+        if odd.endswith(event[:5]):
             connection.data_received(event[5:])
         client.calls.clear()
         connection.data_received(event)
