@@ -263,6 +263,10 @@ __device__ __forceinline__ void sync_threads_of(int barrier, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 
+__device__ __forceinline__ void arrive_for(int barrier, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+
 // CHUNKS: of 8 channels, of a thread; changes speed only. The last warp makes the mix of the next seam, the others the input.
 template <int CHUNKS>
 __global__ void __launch_bounds__(544) hyper_input(const Arguments a) {
@@ -287,7 +291,7 @@ __global__ void __launch_bounds__(544) hyper_input(const Arguments a) {
     const float value = total * rsqrtf(square / (static_cast<float>(kStreams) * a.hidden) + a.norm_eps) * scale + base;
     const float gate = sigmoid(value);
     if (lane < kStreams) pre[lane] = gate + a.hc_eps;
-    sync_threads_of(2, blockDim.x);  // the weights of the input
+    arrive_for(2, blockDim.x);  // the weights of the input are there
     if (lane >= kStreams && lane < 2 * kStreams) a.new_post[token * kStreams + lane - kStreams] = 2.0f * gate;
     float m[16];
 #pragma unroll
