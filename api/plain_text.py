@@ -5,10 +5,19 @@ it touches. A plain step touches this one object between the engine's message an
 taken is counted when the next step that is more than text is read.
 """
 
+import asyncio
 from collections.abc import Callable, Sequence
 
+from api.turn import Turn
 from runtime.histogram import Histogram
 from runtime.requests import Tokens
+
+Enclose = Callable[[bytes, Sequence[int]], bytes]
+"""From an event, and the ids that it comes from, to what is written of it."""
+
+
+def _as_it_is(event: bytes, _: Sequence[int]) -> bytes:
+    return event
 
 
 class PlainText:
@@ -17,18 +26,23 @@ class PlainText:
     Closed at first. The reader opens it after each step that it has read, if the state after it allows.
     """
 
-    __slots__ = ("_gaps", "_words", "frame", "last", "num_tokens")
+    __slots__ = ("_enclose", "_gaps", "_transport", "_turn", "_words", "frame", "last", "num_tokens", "written")
 
     def __init__(self, gaps: Histogram) -> None:
         """`gaps`: where times between steps are observed."""
         self._gaps = gaps
         self._words: Sequence[bytes] | None = None
+        self._transport: asyncio.Transport | None = None
+        self._turn: Turn | None = None
+        self._enclose: Enclose = _as_it_is
         self.frame: Sequence[bytes] = (b"", b"")
         """What an event has before, between and after each place of the text; set by whoever writes the events."""
         self.num_tokens = 0
         """Taken and not counted yet."""
         self.last = 0.0
         """When the last step came, in event loop time."""
+        self.written = 0.0
+        """When `write` last wrote."""
 
     def open(self, words: Sequence[bytes] | None, now: float) -> None:
         """From now on take steps of ids that `words` has text for, as it stands in a JSON string. None: take none."""
@@ -38,6 +52,30 @@ class PlainText:
     def close(self) -> None:
         """Take no step until it is opened again."""
         self._words = None
+
+    def lead_to(self, transport: asyncio.Transport, turn: Turn, enclose: Enclose) -> None:
+        """From now on `write` gives events to `transport`, as `enclose` makes them of an event and its ids."""
+        self._transport = transport
+        self._turn = turn
+        self._enclose = enclose
+
+    def lead_nowhere(self) -> None:
+        """`write` takes nothing until the next `lead_to`."""
+        self._transport = self._turn = None
+        self._enclose = _as_it_is
+
+    def write(self, tokens: Tokens) -> bool:
+        """Take a step and write it, unless it may be more than text or something waits to be written before it."""
+        transport, turn = self._transport, self._turn
+        if transport is None or turn is None or transport.get_write_buffer_size():
+            return False
+        now = turn.time()
+        event = self.take(tokens, now)
+        if not event:
+            return False
+        self.written = now
+        turn.write(transport, self._enclose(event, tokens.token_ids))
+        return True
 
     def take(self, tokens: Tokens, now: float) -> bytes:
         """The event of a step. Nothing, if the step may be more than text: then it was not taken and must be read."""

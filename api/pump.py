@@ -13,6 +13,14 @@ from api.resume import ids_of, note
 from runtime.requests import Tokens
 
 KEEP_ALIVE = b": keep-alive\n\n"
+_SIZES = tuple(b"%x\r\n" % size for size in range(1024))
+"""What begins a chunk, of any size that the event of a single token has. Formatting it costs more than the rest."""
+
+
+def chunk_of(event: bytes, _: Sequence[int]) -> bytes:
+    """An event as one HTTP chunk."""
+    size = len(event)
+    return (_SIZES[size] if size < len(_SIZES) else b"%x\r\n" % size) + event + b"\r\n"
 
 
 class EventWriter(Protocol):
@@ -43,7 +51,7 @@ class EventWriter(Protocol):
 class Pulse:
     """Wakes a silent stream every `period_s`. One timer per stream, moved only when it fires."""
 
-    __slots__ = ("_generation", "_loop", "_period_s", "_timer", "last")
+    __slots__ = ("_generation", "_loop", "_period_s", "_timer", "last", "plain")
 
     def __init__(self, generation: Generation, period_s: float) -> None:
         self._loop = asyncio.get_running_loop()
@@ -51,13 +59,19 @@ class Pulse:
         self._period_s = period_s
         self.last = self._loop.time()
         """When something was sent."""
+        self.plain: PlainText | None = None
+        """Sends too, and knows when."""
         self._timer = self._loop.call_later(period_s, self._fire)
 
     def is_due(self) -> bool:
-        return self._loop.time() - self.last >= self._period_s
+        return self._silent_s() >= self._period_s
+
+    def _silent_s(self) -> float:
+        last = self.last if self.plain is None else max(self.last, self.plain.written)
+        return self._loop.time() - last
 
     def _fire(self) -> None:
-        silent_s = self._loop.time() - self.last
+        silent_s = self._silent_s()
         if silent_s >= self._period_s:
             self._generation.wake()
             silent_s = 0.0
@@ -105,7 +119,7 @@ class Pump:
         """Tokens that made no chunk: their text is held back. They are noted with the next one."""
         self._needs_care: asyncio.Future[None] | None = None
         self._clock = asyncio.get_running_loop().time
-        self._plain = writer.plain[0] if len(writer.plain) == 1 else None
+        self._plain = pulse.plain = writer.plain[0] if len(writer.plain) == 1 else None
         """Several choices are read together, so that they leave in one write."""
         self._is_stopped = False
         """Nothing may be written: the client has not read what it got, or this is over."""
@@ -126,7 +140,7 @@ class Pump:
             # An empty chunk would end the answer.
             return b""
         if not self._is_noted:
-            return b"%x\r\n%b\r\n" % (len(data), data) if self._is_chunked else data
+            return chunk_of(data, token_ids) if self._is_chunked else data
         notes, self._unnoted = note(self._unnoted, last=last), []
         return b"%x%b\r\n%b\r\n" % (len(data), notes, data)
 
@@ -136,35 +150,22 @@ class Pump:
         Raises what went wrong.
         """
         loop = asyncio.get_running_loop()
-        self._generation.listen(self._on_arrival, self._on_plain if self._plain is not None else None)
+        self._generation.listen(self._on_arrival, self._plain.write if self._plain is not None else None)
         try:
-            self._on_arrival()
+            self._go()
             while not self._is_over:
                 if self._is_stopped:
                     await drain()
-                    self._is_stopped = False
-                    self._on_arrival()
+                    self._go()
                 else:
                     self._needs_care = loop.create_future()
                     await self._needs_care
         finally:
+            self._stop()
             self._generation.listen(None)
         if self._error is not None:
             raise self._error
         return self._rest
-
-    def _on_plain(self, tokens: Tokens) -> bool:
-        """Write a step that is only more text, if nothing of this stream waits to be written."""
-        plain = self._plain
-        if self._is_stopped or plain is None or self._transport.get_write_buffer_size():
-            return False
-        now = self._clock()
-        data = plain.take(tokens, now)
-        if not data:
-            return False
-        self._turn.write(self._transport, self._chunk(data, tokens.token_ids))
-        self._pulse.last = now
-        return True
 
     def _on_arrival(self) -> None:
         if self._is_stopped:
@@ -192,8 +193,18 @@ class Pump:
             self._turn.write(self._transport, chunk)
             self._pulse.last = self._clock()
 
+    def _go(self) -> None:
+        """Write what has arrived, and what comes as it comes."""
+        self._is_stopped = False
+        if self._plain is not None:
+            is_simple = self._is_chunked and not self._is_noted
+            self._plain.lead_to(self._transport, self._turn, chunk_of if is_simple else self._chunk)
+        self._on_arrival()
+
     def _stop(self) -> None:
         """Leave the rest to the coroutine."""
         self._is_stopped = True
+        if self._plain is not None:
+            self._plain.lead_nowhere()
         if self._needs_care is not None and not self._needs_care.done():
             self._needs_care.set_result(None)

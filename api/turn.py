@@ -18,12 +18,19 @@ class Turn:
     receiving side is still awake; but the first must not wait for the last, nor clients for a core that stands idle.
     """
 
-    __slots__ = ("_due", "_is_scheduled", "_writes")
+    __slots__ = ("_due", "_is_scheduled", "_time", "_writes")
 
     def __init__(self) -> None:
         self._due: dict[Callable[[], None], None] = {}
         self._writes: list[tuple[asyncio.Transport, bytes]] = []
         self._is_scheduled = False
+        self._time = 0.0
+
+    def time(self) -> float:
+        """When what is read now began to come, in event loop time: one number for all that one message brought."""
+        if not self._is_scheduled:
+            self._schedule()
+        return self._time
 
     def soon(self, listener: Callable[[], None]) -> None:
         """Call `listener`."""
@@ -41,7 +48,9 @@ class Turn:
 
     def _schedule(self) -> None:
         self._is_scheduled = True
-        asyncio.get_running_loop().call_soon(self._run)
+        loop = asyncio.get_running_loop()
+        self._time = loop.time()
+        loop.call_soon(self._run)
 
     def _run(self) -> None:
         due, self._due = self._due, {}

@@ -113,6 +113,12 @@ class Stream:
         self.pump = Pump(cast(web.Request, request), generation, Writer(), self.pulse, is_noted=is_noted)
         self.running = asyncio.create_task(self.pump.run(self.socket.drain))
 
+    def silent(self, seconds: float) -> None:
+        """As if nothing had been sent for so long."""
+        assert self.pulse.plain is not None
+        self.pulse.plain.written -= seconds
+        self.pulse.last -= seconds
+
     async def push(self, *steps: Tokens) -> list[bytes]:
         """What was written of these steps."""
         await turns()
@@ -158,11 +164,11 @@ async def test_without_chunks_the_events_follow_each_other() -> None:
 async def test_a_plain_step_is_a_sign_of_life() -> None:
     stream = Stream()
     await turns()
-    stream.pulse.last -= 2000.0
+    stream.silent(2000.0)
     assert stream.pulse.is_due()
     await stream.push(step(0))
     assert not stream.pulse.is_due()
-    stream.pulse.last -= 2000.0
+    stream.silent(2000.0)
     stream.pulse._fire()
     await turns()
     assert stream.socket.written[-1] == b"%x\r\n%b\r\n" % (len(KEEP_ALIVE), KEEP_ALIVE)
