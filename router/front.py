@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from aiohttp import web
 
 from router.generation import GENERATING, generate, request_id_of
+from router.outbox import Outbox
 from router.sink import ClientGone, Headers
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ class Front:
         self.service = service
         self.fallback = fallback
         self.loop = asyncio.get_running_loop()
+        self.outbox = Outbox(self.loop)
         self.connections: set[ClientConnection] = set()
         self._starts: deque[Callable[[], None]] = deque()
 
@@ -98,6 +100,7 @@ class ClientConnection(asyncio.Protocol):
         "_descriptor",
         "_drained",
         "_front",
+        "_gathered",
         "_head",
         "_missing",
         "_queued",
@@ -112,6 +115,8 @@ class ClientConnection(asyncio.Protocol):
         self._front = front
         self._transport: asyncio.Transport | None = None
         self._descriptor = -1
+        self._gathered = False
+        """Something for this client waits in the outbox."""
         self._queued = False
         """The transport was given something that may still wait there."""
         self._buffer = b""
@@ -274,34 +279,43 @@ class ClientConnection(asyncio.Protocol):
 
     def send(self, *parts: bytes) -> None:
         """Raises ClientGone."""
+        if self._gathered:
+            self._front.outbox.flush()
         if self._transport is None or self._transport.is_closing():
             raise ClientGone
         self._queued = True
         self._transport.write(parts[0] if len(parts) == 1 else b"".join(parts))
 
     def write_now(self, data: bytes) -> bool:
-        """To the socket itself, if nothing waits before it: the event loop would write only after it has read from all
-        connections that have something, which is when many streams get their next token at the same time.
-        """
+        """To the socket in this turn of the event loop. False: the client reads too slowly, or is gone."""
+        if self._drained is not None or self._transport is None:
+            return False
+        self._gathered = True
+        self._front.outbox.add(self, data)
+        return True
+
+    def write_out(self, data: bytes) -> None:
+        """To the socket itself, if nothing waits before it. For the outbox."""
+        self._gathered = False
         transport = self._transport
         # A transport that is closing may have given its descriptor back, and that may be somebody else's by now.
-        if transport is None or self._drained is not None or transport.is_closing():
-            return False
+        if transport is None or transport.is_closing():
+            return
         if self._queued:
             if transport.get_write_buffer_size():
                 transport.write(data)
-                return True
+                return
             self._queued = False
         try:
             sent = os.write(self._descriptor, data)
         except BlockingIOError:
             sent = 0
         except OSError:
-            return False
+            self.abort()
+            return
         if sent < len(data):
             self._queued = True
             transport.write(data[sent:])
-        return True
 
     async def drain(self) -> None:
         """Wait while the client reads too slowly. Raises ClientGone if it stopped reading, or left."""
