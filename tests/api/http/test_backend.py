@@ -200,6 +200,20 @@ async def test_a_turn_writes_in_rows() -> None:
     assert len(log) == ROW + 1
 
 
+async def test_all_that_comes_in_one_turn_has_the_same_time() -> None:
+    turn = Turn()
+    loop = asyncio.get_running_loop()
+    before = loop.time()
+    now = turn.time()
+    assert before <= now <= loop.time()
+    while loop.time() == now:
+        pass
+    turn.write(Pipe([]), b"x")  # type: ignore[arg-type]
+    assert turn.time() == now
+    await asyncio.sleep(0)
+    assert turn.time() > now, "the next turn reads the clock again"
+
+
 async def test_a_listener_that_fails_takes_nothing_from_the_others(caplog: pytest.LogCaptureFixture) -> None:
     called: list[int] = []
     turn = Turn()

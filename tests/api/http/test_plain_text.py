@@ -12,7 +12,7 @@ from aiohttp import HttpVersion, HttpVersion10, HttpVersion11, web
 from api.backend import TokenQueue
 from api.generation import Generation
 from api.plain_text import PlainText
-from api.pump import KEEP_ALIVE, Pulse, Pump
+from api.pump import KEEP_ALIVE, Pulse, Pump, chunk_of
 from api.reader import Reader
 from api.resume import ASK_HEADER
 from runtime.histogram import Histogram
@@ -173,6 +173,35 @@ async def test_a_plain_step_is_a_sign_of_life() -> None:
     await turns()
     assert stream.socket.written[-1] == b"%x\r\n%b\r\n" % (len(KEEP_ALIVE), KEEP_ALIVE)
     await stream.end()
+
+
+async def test_a_step_that_says_nothing_yet_is_no_sign_of_life() -> None:
+    stream = Stream()
+    await stream.push(step(0))
+    stream.silent(2000.0)
+    plain = stream.pulse.plain
+    assert plain is not None
+    plain.open(WORDS, asyncio.get_running_loop().time())
+    assert stream.pulse.is_due(), "it was read, but its text is held back"
+    await stream.end()
+
+
+async def test_after_the_end_nothing_is_written() -> None:
+    stream = Stream()
+    await stream.push(step(0))
+    plain = stream.pulse.plain
+    assert plain is not None
+    await stream.end()
+    assert not plain.write(step(0))
+    await turns()
+    assert stream.socket.written == [b"5\r\n<a|a>\r\n"]
+
+
+@pytest.mark.parametrize("size", [1, 9, 10, 255, 256, 1023, 1024, 70_000])
+def test_a_chunk_says_how_long_it_is(size: int) -> None:
+    length, _, rest = chunk_of(b"x" * size, ()).partition(b"\r\n")
+    assert int(length, 16) == size
+    assert rest == b"x" * size + b"\r\n"
 
 
 async def test_a_client_that_does_not_read_gets_nothing_new_until_it_has() -> None:
