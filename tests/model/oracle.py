@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
 
 from model.config import ModelConfig
+
+if TYPE_CHECKING:
+    from transformers import DeepseekV4ForCausalLM
 
 _KINDS = {
     "swa": "sliding_attention",
@@ -55,6 +58,8 @@ _RENAMES = (
 
 def oracle_model(config: ModelConfig, weights: dict[str, Tensor]) -> DeepseekV4ForCausalLM:
     """`weights`: dequantised values by checkpoint name, MTP left out."""
+    from transformers import DeepseekV4Config, DeepseekV4ForCausalLM  # takes six seconds: for those who ask only
+
     layers = range(config.num_hidden_layers)
     scaling = config.rope_scaling
     rope = {"rope_type": "default"}

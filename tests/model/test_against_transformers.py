@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
+from model.checkpoint import Checkpoint, load_weights
+from model.checkpoint_writer import write_checkpoint
 from model.config import ModelConfig, RopeScaling
+from model.linear import dequantize
+from model.random_weights import random_weight
+from model.transformer import Transformer
 from tests.model.helpers import Request, pools, random_model, random_weights, run, small_config
 from tests.model.oracle import oracle_model
 
@@ -72,3 +79,25 @@ def test_logits_equal_those_of_transformers(name: str) -> None:
         got = run(model, pools(config).views, Request(2, [5]), tokens, chunks)
         error = (got - expected).abs().max().item()
         assert error < TOLERANCE, f"{how}: {error:.2e}"
+
+
+def test_a_loaded_checkpoint_equals_transformers_with_the_dequantised_weights(tmp_path: Path) -> None:
+    config, seed = small_config(), 7
+    write_checkpoint(
+        tmp_path, config, lambda spec: random_weight(spec, config, seed), max_shard_bytes=600_000, progress=False
+    )
+    model = Transformer(config)
+    load_weights(tmp_path, model, progress=False)
+    checkpoint = Checkpoint(tmp_path)
+    values = {}
+    for name in random_weights(config, seed):
+        mapped = checkpoint.shards[checkpoint.shard_of[name]].map()
+        scale = name.removesuffix(".weight") + ".scale"
+        values[name] = dequantize(mapped[name], mapped[scale] if scale in checkpoint.specs else None).clone()
+        if values[name].is_floating_point():
+            values[name] = values[name].float()
+    tokens = list(range(90))
+    with torch.inference_mode():
+        expected = oracle_model(config, values)(torch.tensor([tokens])).logits[0]
+    got = run(model, pools(config).views, Request(0, [1]), tokens, [50])
+    assert (got - expected).abs().max() < 1e-4
