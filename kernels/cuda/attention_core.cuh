@@ -12,10 +12,9 @@
 // neighbouring channels, stored with 16 bytes at a time. Position 8 j + 2 l + c holds channel 8 l + 2 j + c.
 #pragma once
 
-#include <cuda_bf16.h>
-
 #include <type_traits>
 
+#include "number_formats.cuh"
 #include "wgmma_bf16.cuh"
 
 namespace attention {
@@ -140,21 +139,15 @@ __device__ __forceinline__ void init_barriers(Shared<kStages>& shared, const int
       barrier_init(&shared.weights_ready[slot], kGroup);
       barrier_init(&shared.weights_empty[slot], 2 * kGroup);
     }
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    fence_barrier_inits();
   }
   __syncthreads();
 }
 
-// One lane arrives for its warp, which has just waited for a product: that orders what the other lanes read and wrote, too. Without
-// a product between, every thread arrives itself: the compiler drops the __syncwarp() of a warp that cannot have diverged, and what
-// then orders the lanes is nothing that a race checker sees.
+// One lane arrives for its warp, which has waited for a product since the accesses that this ends. Elsewhere every thread arrives
+// itself: of a warp that cannot have diverged the compiler drops __syncwarp(), so that no race checker sees what orders its lanes.
 __device__ __forceinline__ void arrive_for_warp(uint64_t* barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0], 32;" ::"r"(shared_address(barrier)) : "memory");
-}
-
-__device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
-  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-  return *reinterpret_cast<const uint32_t*>(&pair);
 }
 
 __device__ __forceinline__ float power_of_two(float x) {
@@ -162,7 +155,5 @@ __device__ __forceinline__ float power_of_two(float x) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
   return result;
 }
-
-__device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 }  // namespace attention

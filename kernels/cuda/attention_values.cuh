@@ -54,14 +54,6 @@ __device__ __forceinline__ void store_output(const Arguments& a, const float (&t
 
 __device__ __forceinline__ float rounded_to_bf16(float x) { return __bfloat162float(__float2bfloat16_rn(x)); }
 
-// Four float32 -> four e4m3 bytes.
-__device__ __forceinline__ uint32_t pack_e4m3(float a, float b, float c, float d) {
-  uint16_t low, high;
-  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(low) : "f"(b), "f"(a));
-  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(high) : "f"(d), "f"(c));
-  return low | static_cast<uint32_t>(high) << 16;
-}
-
 // The output as kernels.triton_rotary.inverse_rope_quantize leaves it: rounded, rotated back, rounded, quantised.
 __device__ __forceinline__ void store_codes(const Arguments& a, float (&total)[2][64], const float (&factor)[2], int token,
                                             int side, int row, int lane) {

@@ -119,14 +119,6 @@ __device__ __forceinline__ float2 gated(float2 gate, float2 linear, float limit,
   return unpack_bf16(pack_bf16(value(gate.x, linear.x, route_weight.x), value(gate.y, linear.y, route_weight.y)));
 }
 
-// operand_descriptor by its lower word, in which addresses count units of 16 bytes; the upper word never changes.
-__device__ __forceinline__ uint32_t descriptor_place(const void* tile) { return static_cast<uint32_t>(operand_descriptor(tile)); }
-__device__ __forceinline__ uint64_t descriptor_at(uint32_t place) {
-  uint64_t descriptor;
-  asm("mov.b64 %0, {%1, %2};" : "=l"(descriptor) : "r"(place), "r"(64u | 1u << 30));
-  return descriptor;
-}
-
 // The same value in every lane, as the compiler then knows: what follows from it is computed once a warp. By whole warps.
 __device__ __forceinline__ int uniform(int value) { return __shfl_sync(0xFFFFFFFFu, value, 0); }
 

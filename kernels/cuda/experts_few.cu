@@ -58,15 +58,6 @@ __device__ __forceinline__ uint32_t load_word(uint32_t address) {
   return value;
 }
 
-__device__ __forceinline__ uint4 load_words(uint32_t address) {
-  uint4 value;
-  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
-               : "r"(address)
-               : "memory");
-  return value;
-}
-
 __device__ __forceinline__ void prefetch(const float* place) { asm volatile("prefetch.global.L1 [%0];" ::"l"(place)); }
 
 // Two 8 x 8 matrices of 16-bit elements, transposed; lane l of the first 16 gives the address of row l % 8 of matrix l / 8.
@@ -191,7 +182,7 @@ experts_few_kernel(const __grid_constant__ CUtensorMap rows_map, const __grid_co
       barrier_init(&full[s], 1);
       barrier_init(&empty[s], kConsumers / 32);
     }
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    fence_barrier_inits();
   }
   walk.prepare(arguments);
   const int num_tiles = uniform(walk.first_block[arguments.experts] * arguments.tiles), k_blocks = arguments.k_blocks;
@@ -246,14 +237,14 @@ experts_few_kernel(const __grid_constant__ CUtensorMap rows_map, const __grid_co
       uint32_t first[2][4], second[2][4];
       barrier_wait(&full[stage], phase);
       RowShifts shifts(load_word(my_shifts + at), load_word(my_shifts + at + kLowerShifts));
-      shifts.decode<0>(first, load_words(my_codes + at), table);
+      shifts.decode<0>(first, read_shared(my_codes + at), table);
       for (int k = 0; k < k_blocks; ++k) {
         float partial[M / 2];
         wgmma_fence();
         wgmma_e4m3<M>(partial, first[0], descriptor_at(place), false);
         wgmma_e4m3<M>(partial, first[1], descriptor_at(place + 2), true);
         wgmma_commit();
-        shifts.decode<1>(second, load_words(my_codes + at + kUnitCodes / 2), table);
+        shifts.decode<1>(second, read_shared(my_codes + at + kUnitCodes / 2), table);
         wgmma_fence();
         wgmma_e4m3<M>(partial, second[0], descriptor_at(place + 4), true);
         wgmma_e4m3<M>(partial, second[1], descriptor_at(place + 6), true);
@@ -266,7 +257,7 @@ experts_few_kernel(const __grid_constant__ CUtensorMap rows_map, const __grid_co
         if (k + 1 < k_blocks) {
           barrier_wait(&full[stage], phase);
           shifts = RowShifts(load_word(my_shifts + at), load_word(my_shifts + at + kLowerShifts));
-          shifts.decode<0>(first, load_words(my_codes + at), table);
+          shifts.decode<0>(first, read_shared(my_codes + at), table);
         }
         wgmma_wait<0>();
         promote<M>(total, partial, scales);

@@ -295,7 +295,7 @@ experts_many_kernel(const __grid_constant__ CUtensorMap rows_map, const Argument
       barrier_init(&shared.agenda.announced[s], 1);
       barrier_init(&shared.agenda.read[s], kCluster * (kConsumers / 32 + 1));
     }
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    fence_barrier_inits();
   }
   shared.order.prepare(arguments);
   cluster_sync();

@@ -86,14 +86,6 @@ struct WeightScales {
   }
 };
 
-// operand_descriptor by its lower word, in which addresses count units of 16 bytes; the upper word never changes.
-__device__ __forceinline__ uint32_t descriptor_place(const void* tile) { return static_cast<uint32_t>(operand_descriptor(tile)); }
-__device__ __forceinline__ uint64_t descriptor_at(uint32_t place) {
-  uint64_t descriptor;
-  asm("mov.b64 %0, {%1, %2};" : "=l"(descriptor) : "r"(place), "r"(64u | 1u << 30));
-  return descriptor;
-}
-
 template <int N>
 __device__ __forceinline__ void multiply(float (&partial)[N / 2], uint32_t rows, uint32_t weights) {
   wgmma_fence();
@@ -141,7 +133,7 @@ fp8_gemm_kernel(const __grid_constant__ CUtensorMap rows_map, const __grid_const
     }
     if constexpr (RESULT == kHeads)
       for (int s = 0; s < 2 * P::kGroups; ++s) barrier_init(&sums_arrived[s], 1);
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    fence_barrier_inits();
   }
   if constexpr (CLUSTER > 1) cluster_sync(); else __syncthreads();
 
@@ -338,7 +330,7 @@ fp8_gemm_kernel(const __grid_constant__ CUtensorMap rows_map, const __grid_const
           stage_values<P::kPieceOutputs, P::kPitch>(total[piece], area, warp, lane);
         }
       }
-      fence_for_copies();
+      fence_async_proxy();
       sync_threads_of(1 + group, 128);
       if (thread == 0) {
 #pragma unroll

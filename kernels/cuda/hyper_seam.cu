@@ -12,6 +12,7 @@
 
 #include "early_launch.cuh"
 #include "number_formats.cuh"
+#include "shared_memory.cuh"
 
 namespace {
 
@@ -39,10 +40,6 @@ struct Arguments {
   int num_tokens, hidden, iterations;
   float hc_eps, norm_eps;
 };
-
-__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
-}
 
 __device__ __forceinline__ void copy_async(void* target, const void* source, bool live) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(target)), "l"(source), "r"(live ? 16 : 0)
@@ -257,14 +254,6 @@ __device__ __forceinline__ float sum_over_warp(float value) {
 #pragma unroll
   for (int distance = 16; distance; distance /= 2) value += __shfl_xor_sync(~0u, value, distance);
   return value;
-}
-
-__device__ __forceinline__ void sync_threads_of(int barrier, int threads) {
-  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
-}
-
-__device__ __forceinline__ void arrive_for(int barrier, int threads) {
-  asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 
 // CHUNKS: of 8 channels, of a thread; changes speed only. The last warp makes the mix of the next seam, the others the input.

@@ -6,23 +6,19 @@
 // 2^14 between its groups' scales, and a part in 2^15 of the largest value beyond.
 // Bound by memory: two bytes in and one out per channel.
 
-#include <cuda_bf16.h>
-#include <stdint.h>
+#include "number_formats.cuh"
 
 namespace {
+
+using namespace hopper;
 
 constexpr int kHeads = 64, kWidth = 128, kLanes = 4, kChannels = kWidth / kLanes;
 constexpr int kRotary = 64;  // the last channels, in adjacent pairs
 constexpr int kThreads = kHeads * kLanes;
 
-__device__ __forceinline__ float2 unpack_bf16(uint32_t pair) {
-  return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xFFFF0000u));
-}
-
 // Rounds two values to bf16, kept in float32.
 __device__ __forceinline__ void round_pair(float& low, float& high) {
-  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-  const float2 wide = unpack_bf16(*reinterpret_cast<const uint32_t*>(&pair));
+  const float2 wide = unpack_bf16(pack_bf16(low, high));
   low = wide.x, high = wide.y;
 }
 
@@ -37,13 +33,6 @@ __device__ __forceinline__ uint32_t scale_exponent(float amax, float inverse) {
 }
 
 __device__ __forceinline__ float power_of_two(uint32_t exponent) { return __uint_as_float(exponent << 23); }
-
-__device__ __forceinline__ uint32_t pack_e4m3(const float (&x)[kChannels], int first) {
-  uint16_t low, high;
-  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(low) : "f"(x[first + 1]), "f"(x[first]));
-  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(high) : "f"(x[first + 3]), "f"(x[first + 2]));
-  return low | static_cast<uint32_t>(high) << 16;
-}
 
 __device__ __forceinline__ void load_rotated(const __nv_bfloat16* source, const float* cos, const float* sin, int lane,
                                              float (&x)[kChannels]) {
@@ -144,8 +133,10 @@ __global__ void __launch_bounds__(kThreads) query_kernel(const __nv_bfloat16* qu
   if (lane == 0) scales[token * kHeads + head] = scale;
   // Word w of the four lanes is 16-byte chunk w of the head's row, under the 128-byte swizzle.
 #pragma unroll
-  for (int word = 0; word < kChannels / 4; ++word)
-    *reinterpret_cast<uint32_t*>(staged + head * kWidth + (word ^ (head % 8)) * 16 + lane * 4) = pack_e4m3(x, 4 * word);
+  for (int word = 0; word < kChannels / 4; ++word) {
+    *reinterpret_cast<uint32_t*>(staged + head * kWidth + (word ^ (head % 8)) * 16 + lane * 4) =
+        pack_e4m3(x[4 * word], x[4 * word + 1], x[4 * word + 2], x[4 * word + 3]);
+  }
   __syncwarp();
   const int warp_bytes = threadIdx.x / 32 * (8 * kWidth), place = threadIdx.x % 32 * 16;
   uint8_t* target = codes + token * (kHeads * kWidth) + warp_bytes + place;

@@ -11,6 +11,7 @@
 // Many tokens: persistent CTAs; a producer warp stages the queries of neighbouring tokens, consumer warpgroups share the
 // tiles of their keys; bound by the FP8 tensor cores. A score has the same bits either way.
 
+#include "number_formats.cuh"
 #include "wgmma_fp8_wide.cuh"
 
 namespace {
@@ -56,12 +57,6 @@ constexpr DecodeTables decode_tables() {
 }
 
 __constant__ DecodeTables kDecodeTables = decode_tables();
-
-__device__ __forceinline__ uint32_t permute_bytes(uint32_t low, uint32_t high, uint32_t selector) {
-  uint32_t result;
-  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(result) : "r"(low), "r"(high), "r"(selector));
-  return result;
-}
 
 // Eight e2m1 codes -> two registers of four e4m3. A selector with its high bit set spreads a byte's sign.
 __device__ __forceinline__ void decode(uint32_t word, uint2 table, uint32_t& first, uint32_t& second) {
@@ -184,7 +179,7 @@ __global__ void __launch_bounds__(kFewThreads, kFewCtas) few_kernel(const __grid
   if (tile >= num_tiles) return;
   if (thread == 0) {
     barrier_init(&arrived, 1);
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    fence_barrier_inits();
     barrier_expect_bytes(&arrived, kTokenBytes);
     bulk_load(queries, a.queries + static_cast<int64_t>(token) * kTokenBytes, kTokenBytes, &arrived);
   }
@@ -368,7 +363,7 @@ __global__ void __launch_bounds__(kManyThreads, 1) many_kernel(const __grid_cons
       barrier_init(&full[stage], 32);
       barrier_init(&empty[stage], kConsumers);
     }
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    fence_barrier_inits();
   }
   __syncthreads();
   if (threadIdx.x >= kConsumers) {

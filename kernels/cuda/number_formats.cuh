@@ -22,6 +22,11 @@ __device__ __forceinline__ uint32_t pack_e4m3(float low, float high) {
   return packed;
 }
 
+// Four codes, the first one lowest.
+__device__ __forceinline__ uint32_t pack_e4m3(float a, float b, float c, float d) {
+  return pack_e4m3(a, b) | pack_e4m3(c, d) << 16;
+}
+
 // 2^ceil(log2(amax / 448)), on exponent bits.
 __device__ __forceinline__ float power_of_two_scale(float amax) {
   const uint32_t bits = __float_as_uint(fmaxf(amax, 1e-4f) * (1.0f / 448.0f));

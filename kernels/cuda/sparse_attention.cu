@@ -128,15 +128,6 @@ __device__ __forceinline__ void request_row(const Arguments& a, const Location& 
   asm volatile("cp.async.commit_group;" ::: "memory");
 }
 
-__device__ __forceinline__ uint4 read_shared(uint32_t address) {
-  uint4 value;
-  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
-               : "r"(address)
-               : "memory");
-  return value;
-}
-
 // Sixteen channels of a row, `place` being that of their first chunk.
 __device__ __forceinline__ void store_part(uint32_t place, const uint32_t (&word)[8]) {
 #pragma unroll

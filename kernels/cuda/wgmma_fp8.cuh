@@ -1,47 +1,12 @@
-// Hopper building blocks for the kernels in this folder: mbarriers, bulk copies, wgmma with e4m3 operands.
-// Instruction semantics: PTX ISA, sections "mbarrier", "cp.async.bulk" and "wgmma".
+// Hopper building blocks for the kernels in this folder: bulk copies, wgmma with e4m3 operands. Instruction semantics: PTX ISA,
+// sections "cp.async.bulk" and "wgmma".
 #pragma once
 
 #include <cuda.h>
-#include <cuda_runtime.h>
-#include <stdint.h>
+
+#include "shared_memory.cuh"
 
 namespace hopper {
-
-__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
-}
-
-// First multiple of 1024 in dynamic shared memory, by an offset: a cast through an integer would hide from the compiler that
-// this is shared memory, and turn every access into a generic one.
-__device__ __forceinline__ uint8_t* aligned_to_1024(uint8_t* shared) { return shared + (-shared_address(shared) & 1023u); }
-
-__device__ __forceinline__ void barrier_init(uint64_t* barrier, uint32_t arrivals) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals));
-}
-
-__device__ __forceinline__ void barrier_expect_bytes(uint64_t* barrier, uint32_t bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
-               : "memory");
-}
-
-__device__ __forceinline__ void barrier_arrive(uint64_t* barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
-}
-
-__device__ __forceinline__ void barrier_wait(uint64_t* barrier, uint32_t parity) {
-  asm volatile(
-      "{\n"
-      ".reg .pred done;\n"
-      "again:\n"
-      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-      "@done bra finished;\n"
-      "bra again;\n"
-      "finished:\n"
-      "}\n" ::"r"(shared_address(barrier)),
-      "r"(parity)
-      : "memory");
-}
 
 // Contiguous global bytes into shared memory; bytes and both addresses are multiples of 16.
 __device__ __forceinline__ void bulk_load(void* target, const void* source, uint32_t bytes, uint64_t* barrier) {
@@ -67,20 +32,19 @@ __device__ __forceinline__ uint64_t operand_descriptor(const void* tile) {
   return address | (1ull << 16) | (64ull << 32) | (1ull << 62);
 }
 
+// operand_descriptor by its lower word, in which addresses count units of 16 bytes; the upper word never changes.
+__device__ __forceinline__ uint32_t descriptor_place(const void* tile) { return static_cast<uint32_t>(operand_descriptor(tile)); }
+__device__ __forceinline__ uint64_t descriptor_at(uint32_t place) {
+  uint64_t descriptor;
+  asm("mov.b64 %0, {%1, %2};" : "=l"(descriptor) : "r"(place), "r"(64u | 1u << 30));
+  return descriptor;
+}
+
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 template <int PENDING>
 __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
-}
-
-__device__ __forceinline__ void sync_threads_of(int barrier, int threads) {
-  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
-}
-
-// Counts this thread at a barrier on which others of `threads` wait.
-__device__ __forceinline__ void arrive_for(int barrier, int threads) {
-  asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 
 #define D4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])

@@ -81,7 +81,7 @@ wide_gemm_kernel(const __grid_constant__ CUtensorMap weights_map, const __grid_c
       barrier_init(&full[s], 2);  // weights, rows
       barrier_init(&empty[s], P::kConsumers / 32);
     }
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    fence_barrier_inits();
   }
   __syncthreads();
 
