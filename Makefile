@@ -8,12 +8,16 @@ VENV ?= .venv
 RUN := $(VENV)/bin/python
 PACKAGES := api benchmarks decode_node engine kernels kv_transfer model node prefill_node proto router runtime tools
 CHECKPOINT := .cache/tiny-v4
+# Most of what the packages bring is never imported: to compile all of it would take longer than to unpack it. What is
+# imported is compiled then, and kept, whatever the caller's environment says.
+INSTALL := $(RUN) -m pip install --quiet --disable-pip-version-check --no-compile
 
 export PYTHONUNBUFFERED := 1
+unexport PYTHONDONTWRITEBYTECODE
 # Tests run several processes on few cores; threads of one would only wait for those of another.
-test: export OMP_NUM_THREADS := 1
+test pytest: export OMP_NUM_THREADS := 1
 
-.PHONY: run test check lint types proto setup setup-test clean help
+.PHONY: run test pytest check lint types proto setup setup-test clean help
 
 help:
 	@echo "make run         start everything on this machine with a tiny model, serve on 127.0.0.1:30000"
@@ -27,8 +31,12 @@ help:
 run: setup $(CHECKPOINT)/config.json
 	@exec $(RUN) -m tools.up --config configs/local/cluster.yaml --demo
 
+# Types are checked beside the tests: the one is short and needs one core.
 test: setup-test
-	$(MAKE) --no-print-directory check
+	$(MAKE) --no-print-directory lint
+	$(MAKE) --no-print-directory -j2 types pytest
+
+pytest: setup-test
 	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 check: lint types
@@ -57,12 +65,13 @@ $(VENV)/bin/python:
 	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "no venv module: as root, run: apt-get install -y python3-venv"; exit 1; }
 
 $(VENV)/.cpu: requirements/base.txt requirements/cpu.txt | $(VENV)/bin/python
-	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements/cpu.txt
+	$(INSTALL) -r requirements/cpu.txt
 	@touch $@
 
-$(VENV)/.test: requirements/test.txt $(VENV)/.cpu
-	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements/test.txt
-	@touch $@
+# All in one go, with what .cpu stands for.
+$(VENV)/.test: requirements/base.txt requirements/cpu.txt requirements/test.txt | $(VENV)/bin/python
+	$(INSTALL) -r requirements/test.txt
+	@touch $(VENV)/.cpu $@
 
 clean:
 	rm -rf $(VENV) .cache .mypy_cache .ruff_cache .pytest_cache
