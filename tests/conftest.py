@@ -2,9 +2,11 @@
 
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 
+from model.presets import tiny
 from tools import make_checkpoint
 
 
@@ -13,6 +15,16 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint in the released format with random weights, made by the tool that makes the newcomer's one."""
     directory = tmp_path_factory.mktemp("checkpoint") / "tiny-v4"
     assert make_checkpoint.main(["--preset", "tiny", "--out", str(directory), "--seed", "0", "--quiet"]) == 0
+    return directory
+
+
+@pytest.fixture(scope="session")
+def small_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny checkpoint cut down to four layers, one at least of every kind, hashed and scored: for tests of what
+    happens between processes, whose steps take two thirds of the time."""
+    directory = tmp_path_factory.mktemp("four-layers") / "tiny-v4"
+    config = msgspec.structs.replace(tiny(), num_hidden_layers=4, compress_ratios=(0, 4, 16, 4, 0), num_hash_layers=2)
+    make_checkpoint.make_checkpoint(directory, config, seed=0, max_shard_bytes=1 << 20, progress=False)
     return directory
 
 

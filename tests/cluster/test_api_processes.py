@@ -135,8 +135,8 @@ async def end_in_order(node: Program, session: aiohttp.ClientSession) -> None:
     assert not alive
 
 
-async def test_two_processes_are_one_server(tmp_path: Path, tiny_checkpoint: Path) -> None:
-    async with standalone(tmp_path, tiny_checkpoint, TWO) as node, fresh(node) as session:
+async def test_two_processes_are_one_server(tmp_path: Path, small_checkpoint: Path) -> None:
+    async with standalone(tmp_path, small_checkpoint, TWO) as node, fresh(node) as session:
         # Both serve, once both have opened the port, and whoever is asked finds every response.
         num_asked, answers = 0, list[dict[str, Any]]()
         async with asyncio.timeout(60):
@@ -212,8 +212,8 @@ async def test_two_processes_are_one_server(tmp_path: Path, tiny_checkpoint: Pat
         await end_in_order(node, session)
 
 
-async def test_a_dead_api_process_ends_the_node_and_says_so(tmp_path: Path, tiny_checkpoint: Path) -> None:
-    async with standalone(tmp_path, tiny_checkpoint, TWO) as node, fresh(node) as session:
+async def test_a_dead_api_process_ends_the_node_and_says_so(tmp_path: Path, small_checkpoint: Path) -> None:
+    async with standalone(tmp_path, small_checkpoint, TWO) as node, fresh(node) as session:
         running = [asyncio.create_task(stream(session, 5000)) for _ in range(8)]
         await until_load(session, 8)
         other_api_process(node).kill()

@@ -17,8 +17,8 @@ MODEL = "tiny-v4"
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def cluster(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Cluster]:
-    async with Cluster(tmp_path_factory.mktemp("cluster"), tiny_checkpoint) as running:
+async def cluster(small_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Cluster]:
+    async with Cluster(tmp_path_factory.mktemp("cluster"), small_checkpoint) as running:
         yield running
         await running.wait_idle()
 

@@ -45,9 +45,9 @@ def crowd() -> Workload:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def expected(
-    tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory, workload: Workload, crowd: Workload
+    small_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory, workload: Workload, crowd: Workload
 ) -> AsyncIterator[tuple[list[Answer], list[Answer]]]:
-    async with standalone(tmp_path_factory.mktemp("alone"), tiny_checkpoint, PLAIN) as node:
+    async with standalone(tmp_path_factory.mktemp("alone"), small_checkpoint, PLAIN) as node:
         yield (
             await complete_all(node.url, *workload, concurrency=1),
             await complete_all(node.url, *crowd, concurrency=CROWD),
@@ -61,7 +61,7 @@ async def expected(
 )
 async def test_tokens_and_logprobs_equal_the_standalone_node(
     tmp_path: Path,
-    tiny_checkpoint: Path,
+    small_checkpoint: Path,
     workload: Workload,
     crowd: Workload,
     expected: tuple[list[Answer], list[Answer]],
@@ -71,7 +71,7 @@ async def test_tokens_and_logprobs_equal_the_standalone_node(
 ) -> None:
     cluster = Cluster(
         tmp_path,
-        tiny_checkpoint,
+        small_checkpoint,
         both=PLAIN,
         prefill=[{"engine": {"max_num_batched_tokens": prefill_tokens, "max_num_seqs": 8, **steps}}],
         decode=[{"engine": {"num_pages": decode_pages, **steps}}],

@@ -24,8 +24,8 @@ MAX_TOKENS = [6, 1, 12, 3, 8, 10]
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def expected(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Answer]:
-    async with standalone(tmp_path_factory.mktemp("one"), tiny_checkpoint, PLAIN) as node:
+async def expected(small_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Answer]:
+    async with standalone(tmp_path_factory.mktemp("one"), small_checkpoint, PLAIN) as node:
         return await complete_all(node.url, PROMPTS, MAX_TOKENS, concurrency=1)
 
 
@@ -68,10 +68,10 @@ async def wait_counted(url: str, config: ModelConfig, num_tokens: int) -> None:
 
 
 async def test_two_ranks_with_half_the_experts_each_give_the_tokens_of_one(
-    tmp_path: Path, tiny_checkpoint: Path, expected: list[Answer]
+    tmp_path: Path, small_checkpoint: Path, expected: list[Answer]
 ) -> None:
     group = {"part_tokens": 24, "shard_lm_head": True, "load_counters": "experts", "load_interval_s": 0.1}
-    async with standalone(tmp_path, tiny_checkpoint, PLAIN | shared(2, **group)) as node:
+    async with standalone(tmp_path, small_checkpoint, PLAIN | shared(2, **group)) as node:
         alone = await complete_all(node.url, PROMPTS, MAX_TOKENS, concurrency=1)
         together = await complete_all(node.url, PROMPTS, MAX_TOKENS, concurrency=6)
         await wait_idle(node.url)
@@ -81,7 +81,7 @@ async def test_two_ranks_with_half_the_experts_each_give_the_tokens_of_one(
         assert await steps_of_all(node.url, size=2) == steps, "nobody steps when all are idle"
         # The last token of an answer is not computed any more.
         computed = 2 * sum(len(prompt) + tokens - 1 for prompt, tokens in zip(PROMPTS, MAX_TOKENS, strict=True))
-        await wait_counted(node.url, ModelConfig.load(tiny_checkpoint), computed)
+        await wait_counted(node.url, ModelConfig.load(small_checkpoint), computed)
         metrics = await fetch(f"{node.url}/metrics")
         assert 'tandem_expert_rank_tokens_total{expert_rank="1",layer="0"}' in metrics
         assert 'tandem_expert_tokens_total{expert="7",layer="3"}' in metrics
@@ -90,9 +90,9 @@ async def test_two_ranks_with_half_the_experts_each_give_the_tokens_of_one(
 
 
 async def test_two_prefill_ranks_and_four_decode_ranks_give_the_tokens_of_one(
-    tmp_path: Path, tiny_checkpoint: Path, expected: list[Answer]
+    tmp_path: Path, small_checkpoint: Path, expected: list[Answer]
 ) -> None:
-    cluster = Cluster(tmp_path, tiny_checkpoint, both=PLAIN, prefill=[shared(2)], decode=[shared(4)])
+    cluster = Cluster(tmp_path, small_checkpoint, both=PLAIN, prefill=[shared(2)], decode=[shared(4)])
     async with cluster:
         for concurrency in (1, 6):
             assert_same(await complete_all(cluster.url, PROMPTS, MAX_TOKENS, concurrency), expected)
@@ -116,12 +116,12 @@ async def until_ended(nodes: Sequence[Program]) -> None:
 
 
 async def test_a_group_over_two_nodes_serves_as_one_and_fails_as_one(
-    tmp_path: Path, tiny_checkpoint: Path, expected: list[Answer]
+    tmp_path: Path, small_checkpoint: Path, expected: list[Answer]
 ) -> None:
     meeting = {"address": f"127.0.0.1:{free_port()}", "ranks": 4}
     fresh = {"prefill": "local", "drain_timeout_s": 60.0, "engine": {"stats_interval_s": 0.05}}
     nodes = [fresh | shared(2, **meeting, first_rank=first) for first in (0, 2)]
-    cluster = Cluster(tmp_path, tiny_checkpoint, both=PLAIN, prefill=(), decode=nodes)
+    cluster = Cluster(tmp_path, small_checkpoint, both=PLAIN, prefill=(), decode=nodes)
     async with cluster:
         assert_same(await complete_all(cluster.url, PROMPTS, MAX_TOKENS, concurrency=6), expected)
         for node in cluster.decode:

@@ -14,7 +14,7 @@ import pytest
 import pytest_asyncio
 
 from tests.cluster.client import Answer, complete, complete_all, prompts_of_lengths
-from tests.cluster.harness import Cluster, Program, ranks, standalone
+from tests.cluster.harness import START_S, Cluster, Program, ranks, standalone, wait_healthy
 
 # Chunks of 16 tokens make a prompt of 600 take long enough to be interrupted. The deadlines are shortened ones.
 SLOW_PREFILL: dict[str, Any] = {
@@ -36,10 +36,10 @@ NUM_TOKENS = 12
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def expected(
-    tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+    small_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[list[list[int]], list[Answer]]:
     prompts = prompts_of_lengths([600, 500, 333, 64, 1], seed=11)
-    async with standalone(tmp_path_factory.mktemp("alone"), tiny_checkpoint, SLOW_PREFILL) as node:
+    async with standalone(tmp_path_factory.mktemp("alone"), small_checkpoint, SLOW_PREFILL) as node:
         return prompts, await complete_all(node.url, prompts, [NUM_TOKENS] * len(prompts), concurrency=1)
 
 
@@ -65,10 +65,10 @@ async def answered(cluster: Cluster, prompts: list[list[int]], expected: list[An
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["kill -9", "kill -STOP and resume"])
 async def test_a_prefill_process_lost_in_mid_transfer_costs_the_client_nothing(
-    tmp_path: Path, tiny_checkpoint: Path, expected: tuple[list[list[int]], list[Answer]], how: int
+    tmp_path: Path, small_checkpoint: Path, expected: tuple[list[list[int]], list[Answer]], how: int
 ) -> None:
     prompts, answers = expected
-    cluster = Cluster(tmp_path, tiny_checkpoint, both=SLOW_PREFILL, prefill=[CHUNKS, CHUNKS], router=ROUTER)
+    cluster = Cluster(tmp_path, small_checkpoint, both=SLOW_PREFILL, prefill=[CHUNKS, CHUNKS], router=ROUTER)
     async with cluster:
         victim = cluster.prefill[0]
         async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=60)) as session:
@@ -83,16 +83,17 @@ async def test_a_prefill_process_lost_in_mid_transfer_costs_the_client_nothing(
         else:
             victim.kill()
             victim.start()
+            await wait_healthy(victim.url, START_S, [victim])
         await cluster.wait_proven()
         await answered(cluster, prompts, answers)
         await cluster.wait_idle()
 
 
 async def test_a_decode_process_lost_before_the_first_token_costs_the_client_nothing(
-    tmp_path: Path, tiny_checkpoint: Path, expected: tuple[list[list[int]], list[Answer]]
+    tmp_path: Path, small_checkpoint: Path, expected: tuple[list[list[int]], list[Answer]]
 ) -> None:
     prompts, answers = expected
-    cluster = Cluster(tmp_path, tiny_checkpoint, both=SLOW_PREFILL, prefill=[CHUNKS], decode=[{}, {}], router=ROUTER)
+    cluster = Cluster(tmp_path, small_checkpoint, both=SLOW_PREFILL, prefill=[CHUNKS], decode=[{}, {}], router=ROUTER)
     async with cluster:
         victim = cluster.decode[0]
 
@@ -106,17 +107,18 @@ async def test_a_decode_process_lost_before_the_first_token_costs_the_client_not
             got = await asyncio.gather(*asked)
         assert [answer.token_ids for answer in got] == [answer.token_ids for answer in answers[:2]]
         victim.start()
+        await wait_healthy(victim.url, START_S, [victim])
         await cluster.wait_proven()
         await answered(cluster, prompts, answers)
         await cluster.wait_idle()
 
 
 async def test_two_hundred_clients_that_leave_at_random_points_leave_nothing_behind(
-    tmp_path: Path, tiny_checkpoint: Path, expected: tuple[list[list[int]], list[Answer]]
+    tmp_path: Path, small_checkpoint: Path, expected: tuple[list[list[int]], list[Answer]]
 ) -> None:
     prompts, answers = expected
     rng = random.Random(17)
-    cluster = Cluster(tmp_path, tiny_checkpoint, both=SLOW_PREFILL, prefill=[CHUNKS], router=ROUTER)
+    cluster = Cluster(tmp_path, small_checkpoint, both=SLOW_PREFILL, prefill=[CHUNKS], router=ROUTER)
     async with cluster:
         gate = asyncio.Semaphore(8)
         left = 0

@@ -82,7 +82,7 @@ async def resumes(cluster: Cluster) -> float:
     return float(line.split()[1])
 
 
-async def test_streams_outlive_their_decode_node_token_for_token(tmp_path: Path, tiny_checkpoint: Path) -> None:
+async def test_streams_outlive_their_decode_node_token_for_token(tmp_path: Path, small_checkpoint: Path) -> None:
     prompts = prompts_of_lengths([3, 40, 64, 100, 128, 257, 300, 31], seed=23)
     # Half greedy, half sampled with a seed: randomness counts by position.
     sampling: list[dict[str, Any]] = [
@@ -92,7 +92,7 @@ async def test_streams_outlive_their_decode_node_token_for_token(tmp_path: Path,
     # A grammar goes on where it was, and so does the search for a stop string that never comes.
     sampling[2] |= {"structured_outputs": {"regex": "[a-f ]{400}"}}
     sampling[3] |= {"structured_outputs": {"regex": "[a-f ]{400}"}, "stop": ["this is not said"]}
-    cluster = Cluster(tmp_path, tiny_checkpoint, both=PLAIN, decode=[{}, {}])
+    cluster = Cluster(tmp_path, small_checkpoint, both=PLAIN, decode=[{}, {}])
     async with cluster:
         undisturbed = await run_all(cluster.url, prompts, sampling)
         victim = cluster.decode[0]

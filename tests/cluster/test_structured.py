@@ -22,8 +22,8 @@ TOOL: Any = {"type": "function", "function": {"name": "paint", "parameters": CHO
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def cluster(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Cluster]:
-    async with Cluster(tmp_path_factory.mktemp("structured"), tiny_checkpoint) as running:
+async def cluster(small_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Cluster]:
+    async with Cluster(tmp_path_factory.mktemp("structured"), small_checkpoint) as running:
         yield running
         await running.wait_idle()
 

@@ -67,14 +67,14 @@ class Deployment:
 
 
 @pytest.fixture(scope="module")
-def deployment(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
+def deployment(small_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
     directory = tmp_path_factory.mktemp("two-hosts")
 
     def node(host: Host, port: int, **more: Any) -> dict[str, Any]:
         return {
             "host": host.address,
             "port": port,
-            "engine": {"model": str(tiny_checkpoint), **ENGINE},
+            "engine": {"model": str(small_checkpoint), **ENGINE},
             "transfer": {"host": host.address, "claim_wait_s": 5.0, "connect_timeout_s": 2.0, "read_deadline_s": 2.0},
             "membership": {"routers": [f"10.77.0.1:{CLUSTER}"], "max_retry_s": 1.0},
             **more,

@@ -65,13 +65,13 @@ def assert_same(got: dict[str, Any], expected: dict[str, Any]) -> None:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def pair(
-    tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+    small_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> AsyncIterator[tuple[Cluster, VllmRouter]]:
     """One prefill and one decode node, behind our router and behind vllm-router."""
     directory = tmp_path_factory.mktemp("vllm-router")
     prefill = {"bootstrap_port": free_port(), "node_id": "prefill-a"}
     async with (
-        Cluster(directory, tiny_checkpoint, both=BOTH, prefill=[prefill]) as cluster,
+        Cluster(directory, small_checkpoint, both=BOTH, prefill=[prefill]) as cluster,
         VllmRouter(directory, cluster.prefill, cluster.decode) as router,
     ):
         yield cluster, router
@@ -195,11 +195,11 @@ async def test_nodes_that_die_keep_nobody_waiting(
     await cluster.wait_idle()
 
 
-async def test_four_ranks_behind_it_each_get_their_share(tmp_path: Path, tiny_checkpoint: Path) -> None:
+async def test_four_ranks_behind_it_each_get_their_share(tmp_path: Path, small_checkpoint: Path) -> None:
     small = {"engine": {"max_num_seqs": 4, "num_pages": 32}}
     cluster = Cluster(
         tmp_path,
-        tiny_checkpoint,
+        small_checkpoint,
         both=BOTH,
         prefill=[{"bootstrap_port": free_port(), "node_id": "prefill-b"}],
         decode=[small | {"data_parallel_size": 4}],
