@@ -4,6 +4,7 @@
     python -m benchmarks.handoff --device cuda --set transport=intra_node      # pools of both on one GPU
     python -m benchmarks.handoff --device cuda --busy 25        # while the decode side's GPU runs steps of 25 ms
     python -m benchmarks.handoff --device cuda:0 --from cuda:1 --set transport=intra_node              # or on two
+    python -m benchmarks.handoff --apart                        # each side on half of the cores, as on two hosts
 
 The claim waits for the prompt, as in service. "total" runs from the call that says that the prompt is done, in the
 prefill process, to the event that gives pages and slot to the decode process's engine: messages, reads, lease checks
@@ -19,6 +20,7 @@ a node one buffer is one copy, which says nothing about pages: there the rate of
 """
 
 import argparse
+import os
 import random
 import statistics
 import sys
@@ -177,6 +179,15 @@ class Bench:
         return Row(num_tokens, order, num_bytes, best, totals[1::2], reads[1::2], bare_s[best][1::2])
 
 
+def halves() -> tuple[list[int], list[int]]:
+    """The cores that this process may use, in two equal parts."""
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) < 2:
+        raise SystemExit("--apart needs two cores")
+    middle = len(cores) // 2
+    return cores[:middle], cores[middle : 2 * middle]
+
+
 def holds(rows: Sequence[Row]) -> bool:
     smallest = min(row.ratio(row.totals) for row in rows)
     print(f"smallest ratio of the totals {smallest:.2f}, limit {LIMIT}")
@@ -200,17 +211,27 @@ def main() -> int:
     parser.add_argument("--device", default="cpu", metavar="cpu|cuda[:N]", help="where the pools are")
     parser.add_argument("--from", dest="source", metavar="DEVICE", help="where those of the prefill side are, if apart")
     parser.add_argument("--busy", type=float, metavar="MS", help="steps of this time on the decode side meanwhile")
+    parser.add_argument("--apart", action="store_true", help="each side on half of the cores, as on two hosts")
+    parser.add_argument("--cores", type=int, nargs="+", help=argparse.SUPPRESS)
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     settings = dict(pair.split("=", 1) for pair in options.set)
     config = msgspec.convert(settings, TransferConfig, strict=False)
     kind = torch.device(options.device).type
     num_pages = POOL_STATES[kind] * max(-(-tokens // 256) for tokens in options.tokens)
+    if options.cores:
+        os.sched_setaffinity(0, options.cores)
     if options.serve:
         serve(config, num_pages, options.device)
         return 0
     theirs = options.source or options.device
-    source = Source([f"--tokens={max(options.tokens)}", f"--device={theirs}", "--set", *options.set])
+    arguments = [f"--tokens={max(options.tokens)}", f"--device={theirs}", "--set", *options.set]
+    if options.apart:
+        # Before any thread starts that is to keep to them.
+        my_cores, their_cores = halves()
+        os.sched_setaffinity(0, my_cores)
+        arguments += ["--cores", *map(str, their_cores)]
+    source = Source(arguments)
     rank = Rank(config, num_pages, options.device)
     bench = Bench(config, rank, source)
     steps = BusySteps(rank.device, options.busy / 1e3) if options.busy else None
