@@ -53,7 +53,7 @@ class HttpSurface:
     async def prepare(self) -> None:
         """Be there for the siblings. They all are before one of them has clients."""
         # Requests leave cycles behind, so an API process collects more often than a rank, and little at a time: what
-        # new requests bring to look through keeps the streams of others waiting (512 at once: 5 ms, not 33).
+        # new requests bring to look through keeps the streams of others waiting (512 at once: 5 to 10 ms, not 33).
         calm_garbage_collector((2_000, 5, 100))
         await self._runner.setup()
         if self._siblings is not None:
