@@ -70,14 +70,11 @@ def _overrides(options: argparse.Namespace) -> list[str]:
 def _serve(config: RouterConfig) -> int:
     # Imported late: --help and --check need none of it.
     import asyncio
-    import gc
 
     from router.service import RouterService
+    from runtime.process import calm_garbage_collector
 
-    # What was imported stays: the collector need not look at it again, least of all in the middle of a stream.
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(10_000, 20, 50)
+    calm_garbage_collector((10_000, 20, 50))
 
     async def run(stopping: asyncio.Event) -> None:
         await RouterService(config).run(stopping)
