@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 MAX_HEAD_BYTES = 16 * 1024
 MAX_PIPELINED_BYTES = 64 * 1024
 TICK_S = 1.0
-STARTS_PER_TURN = 2
+STARTS_PER_TURN = 4
 
 _PATHS = {path.encode(): path for path in GENERATING}
 _START = b"POST /"
