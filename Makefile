@@ -23,6 +23,7 @@ help:
 	@echo "make run         start everything on this machine with a tiny model, serve on 127.0.0.1:30000"
 	@echo "make test        lint, types, every test (no GPU needed)"
 	@echo "make check       lint and types only"
+	@echo "make pytest      the tests only"
 	@echo "make proto       regenerate proto/*_pb2*"
 	@echo "make setup       only the environment and the system libraries"
 	@echo "make clean       remove the environment and the tiny checkpoint"

@@ -176,10 +176,10 @@ async def measure(shape: Shape, loads: Sequence[Load], options: argparse.Namespa
         await wait_until_proven(shape.url, options.ready_s, handed_over=shape.hands_over)
         said = await spoken(shape.url)
         summaries = []
-        for number, load in enumerate(loads):
+        for number, each in enumerate(loads):
             words = [
-                *("--url", shape.url, "--num-prompts", str(load.requests), "--max-concurrency", str(load.at_once)),
-                *("--input-len", str(load.input_len), "--output-len", str(load.output_len), "--seed", str(number)),
+                *("--url", shape.url, "--num-prompts", str(each.requests), "--max-concurrency", str(each.at_once)),
+                *("--input-len", str(each.input_len), "--output-len", str(each.output_len), "--seed", str(number)),
                 *("--num-gpus", str(options.gpus), "--idle-timeout", str(ANSWER_S)),
                 *("--output", str(shape.directory / f"load-{number}.json")),
             ]
@@ -253,6 +253,10 @@ def main() -> None:
     parser.add_argument("--step-tokens", type=int, default=2048, help="of a step of the node that does both")
     parser.add_argument("--ready-s", type=float, default=600.0)
     options = parser.parse_args()
+    if options.gpus < 1:
+        parser.error("a GPU is needed")
+    if unknown := set(options.shapes.split(",")) - set(SHAPES):
+        parser.error(f"--shapes: {', '.join(sorted(unknown))} is none of {', '.join(SHAPES)}")
     options.out = options.out.resolve()
     options.load = options.load or ["8192:256:32:64"]
     if not asyncio.run(run(options)):

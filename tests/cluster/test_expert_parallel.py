@@ -89,6 +89,15 @@ async def test_two_ranks_with_half_the_experts_each_give_the_tokens_of_one(
     assert_same(together, expected)
 
 
+async def test_four_ranks_with_a_quarter_of_the_experts_each_give_the_tokens_of_one(
+    tmp_path: Path, small_checkpoint: Path, expected: list[Answer]
+) -> None:
+    async with standalone(tmp_path, small_checkpoint, PLAIN | shared(4)) as node:
+        for concurrency in (1, 6):
+            assert_same(await complete_all(node.url, PROMPTS, MAX_TOKENS, concurrency), expected)
+        await wait_idle(node.url)
+
+
 async def test_two_prefill_ranks_and_four_decode_ranks_give_the_tokens_of_one(
     tmp_path: Path, small_checkpoint: Path, expected: list[Answer]
 ) -> None:
