@@ -23,8 +23,11 @@ from kernels.triton_fp8_gemm import num_multiprocessors
 from kernels.triton_rows import FORMATS, fp4_values, fp8_codes, strides
 
 ROWS = 256
-"""Query rows (tokens times heads) of a program where tokens abound: they share the unpacking of keys."""
+"""Query rows (tokens times heads) of a program where tokens abound, at most: they share the unpacking of keys."""
 KEYS = 64
+MOST_TOKENS = 4
+"""Of a program: with 8 warps a thread stores one score. Where it stores two, Triton 3.6 passes the scores, each held by
+several threads, through shared memory with `stmatrix`, and several threads write one value to one word."""
 PROGRAMS_PER_MULTIPROCESSOR = 4
 
 
@@ -125,11 +128,11 @@ def index_scores(
     row can name. Written are entries j < (p + 1) // ratio of tokens that see more than `topk`."""
     num_tokens, most = scores_NL.shape
     num_heads, width = query_THD.shape[1:]
-    heads = triton.next_power_of_2(num_heads)
+    heads = max(16, triton.next_power_of_2(num_heads))  # tensor cores multiply no fewer rows
     multiprocessors = num_multiprocessors(query_THD.device)
     rows = ROWS // 2 if keys.format == "key_fp8" else ROWS  # FP8 keys need no unpacking
     many = num_tokens * heads >= ROWS * multiprocessors
-    tokens = max(1, (rows if many else 16) // heads)
+    tokens = max(1, min(rows // heads, MOST_TOKENS)) if many else 1
     groups = triton.cdiv(num_tokens, tokens)
     splits = max(1, min(PROGRAMS_PER_MULTIPROCESSOR * multiprocessors // groups, triton.cdiv(most, KEYS)))
     data = keys.data.view(torch.float8_e4m3fn) if keys.format == "key_fp8" else keys.data
@@ -140,5 +143,5 @@ def index_scores(
         index.page_tokens // ratio, query_THD.stride(0), weights_TH.stride(0), index.page_table.stride(0), stride_page,
         stride_entry, stride_page_scales, stride_entry_scales, scores_NL.stride(0), TOPK=topk, TOKENS=tokens,
         HEADS=heads, WIDTH=width, KEYS=KEYS, FORMAT=FORMATS[keys.format], INTERPRET=INTERPRET,
-        num_warps=8 if tokens * heads > 64 else 4, num_stages=2, maxnreg=128,
+        num_warps=8 if tokens > 1 or heads > 64 else 4, num_stages=2, maxnreg=128,
     )  # fmt: skip
