@@ -9,12 +9,14 @@ all streams and measures how long each token took from the engine's send to the 
 on one core of its own where there is more than one; client and engine share the others. With the default list the last
 rows find the ceiling: a row "keeps up" when all tokens arrived in time and p99 is under one period. Rows of "bare" are
 the peer: a process that only writes the same bytes to as many streams, so all that it costs is event loop and kernel.
-`user_us` and `kernel_us` are processor time per token.
+`user_us` and `kernel_us` are processor time per token. `stolen` is the part of the machine's time that its host gave to
+others meanwhile: where it is more than a few percent, the tail is the host's.
 """
 
 import argparse
 import asyncio
 import contextlib
+import gc
 import multiprocessing
 import os
 import tempfile
@@ -23,6 +25,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
+from statistics import median
 from typing import Any, NamedTuple, cast
 
 import orjson
@@ -124,32 +127,46 @@ async def _serve(address_of: Connection, pacing: Pacing) -> None:
 
 
 class StreamReader(asyncio.Protocol):
-    """One request, and the delay of every token that comes back."""
+    """One request, and when which bytes of its answer came. They are read when all has ended: that costs more than
+    taking them, and would make the client what is measured."""
 
-    def __init__(self, request: bytes, key: bytes, delays_ms: list[float], ended: "asyncio.Future[None]") -> None:
+    def __init__(self, request: bytes, ended: "asyncio.Future[None]") -> None:
         self._request = request
-        self._key = key
-        self._delays_ms = delays_ms
         self._ended = ended
-        self._tail = b""
+        self.arrived: list[tuple[float, bytes]] = []
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         cast(asyncio.Transport, transport).write(self._request)  # uvloop's transports have a base of their own
 
     def data_received(self, data: bytes) -> None:
-        now = time.monotonic()
-        data = self._tail + data
-        at = 0
-        while (found := data.find(self._key, at)) >= 0 and (end := data.find(b'"', found + len(self._key))) >= 0:
-            # Tokens that waited for a server which was late come as one text.
-            for place in range(found + len(self._key), end, 4):
-                self._delays_ms.append(added_ms(data[place : place + 4], now))
-            at = end
-        self._tail = data[max(at, len(data) - 400) :] if found < 0 else data[found:]
+        self.arrived.append((time.monotonic(), data))
 
     def connection_lost(self, error: Exception | None) -> None:
         if not self._ended.done():
             self._ended.set_result(None)
+
+    def last_holds(self, key: bytes) -> bool:
+        """Whether what came last has a token in it."""
+        return bool(self.arrived) and key in self.arrived[-1][1]
+
+    def delays_ms(self, key: bytes) -> list[tuple[float, float]]:
+        """(when it came, delay in milliseconds) of every token."""
+        delays = []
+        tail = b""
+        for now, data in self.arrived:
+            data = tail + data
+            at = 0
+            while (found := data.find(key, at)) >= 0 and (end := data.find(b'"', found + len(key))) >= 0:
+                # Tokens that waited for a server which was late come as one text.
+                places = range(found + len(key), end, 4)
+                delays += [(now, added_ms(data[place : place + 4], now)) for place in places]
+                at = end
+            tail = data[max(at, len(data) - 400) :] if found < 0 else data[found:]
+        return delays
+
+
+def _itself(reader: StreamReader) -> StreamReader:
+    return reader
 
 
 def cpu_s(pids: Sequence[int]) -> tuple[float, float]:
@@ -165,6 +182,12 @@ def _cpu_s_of(pid: int) -> tuple[float, float]:
     return int(fields[11]) / ticks_per_s, int(fields[12]) / ticks_per_s
 
 
+def stolen_s() -> float:
+    """Processor seconds that the host gave to others while this machine wanted them, all cores together."""
+    with open("/proc/stat") as stat:
+        return int(stat.readline().split()[8]) / os.sysconf("SC_CLK_TCK")
+
+
 async def measure(
     address: tuple[str, int], pids: Sequence[int], path: str, num_streams: int, num_tokens: int
 ) -> dict[str, float]:
@@ -177,20 +200,20 @@ async def measure(
     head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nConnection: close\r\n"
     request = f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
     key = b'"content":"' if "chat" in path else b'"text":"'
-    delays_ms: list[list[float]] = [[] for _ in range(num_streams)]
     ends = [loop.create_future() for _ in range(num_streams)]
-    for delays, end in zip(delays_ms, ends, strict=True):
-        await loop.create_connection(partial(StreamReader, request, key, delays, end), *address)
+    readers = [StreamReader(request, end) for end in ends]
+    for reader in readers:
+        await loop.create_connection(partial(_itself, reader), *address)
     async with asyncio.timeout(300):
-        while not (all(delays_ms) or ends[0].done()):  # noqa: ASYNC110 (an event per stream would cost the streams more)
+        while not (all(reader.last_holds(key) for reader in readers) or ends[0].done()):  # noqa: ASYNC110 (an event per stream would cost the streams more)
             await asyncio.sleep(0.02)
-        begun, first, early = time.monotonic(), cpu_s(pids), [len(delays) for delays in delays_ms]
+        begun, first, stolen = time.monotonic(), cpu_s(pids), stolen_s()
         await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
-        took_s, last, late = time.monotonic() - begun, cpu_s(pids), [len(delays) for delays in delays_ms]
+        ended, last, stolen = time.monotonic(), cpu_s(pids), stolen_s() - stolen
         await asyncio.gather(*ends)
-    steady = sorted(
-        delay for delays, start, end in zip(delays_ms, early, late, strict=True) for delay in delays[start:end]
-    )
+    delays_ms = [reader.delays_ms(key) for reader in readers]
+    steady = sorted(delay for delays in delays_ms for at, delay in delays if begun <= at < ended)
+    took_s = ended - begun
     if not steady:
         raise SystemExit(
             "the first stream ended before the last began: this machine is too busy, or --seconds too short"
@@ -203,6 +226,7 @@ async def measure(
         "core": (user_s + kernel_s) / took_s,
         "user_us": 1e6 * user_s / len(steady),
         "kernel_us": 1e6 * kernel_s / len(steady),
+        "stolen": stolen / took_s / (os.cpu_count() or 1),
         "p50_ms": steady[len(steady) // 2],
         "p99_ms": steady[len(steady) * 99 // 100],
         "max_ms": steady[-1],
@@ -231,6 +255,7 @@ COLUMNS = {
     "core": "5.0%",
     "user_us": "8.1f",
     "kernel_us": "10.1f",
+    "stolen": "6.1%",
     "p50_ms": "7.2f",
     "p99_ms": "7.2f",
     "max_ms": "7.2f",
@@ -254,19 +279,26 @@ async def main(options: argparse.Namespace) -> None:
     print(f"{'':>5} {' '.join(heads)}  keeps up")
     usable = os.sched_getaffinity(0)
     api_cores, other_cores = cores()
-    os.sched_setaffinity(0, api_cores)
-    with process(bare_streams.serve, period_s, num_tokens) as (address, pids):
+    gc.disable()  # what has come is kept to the end, and would be looked through in the middle of a turn
+    with contextlib.ExitStack() as stack:
+        os.sched_setaffinity(0, api_cores)
+        bare = stack.enter_context(process(bare_streams.serve, period_s, num_tokens))
+        os.sched_setaffinity(0, usable)  # the node divides the cores itself
+        api = stack.enter_context(process(serve, period_s, one_core=True, num_processes=options.processes))
         os.sched_setaffinity(0, other_cores)
-        for num_streams in options.bare:
-            show(
-                "bare", await measure(address, pids, "/v1/chat/completions", num_streams, num_tokens), options.period_ms
-            )
-    os.sched_setaffinity(0, usable)  # the node divides the cores itself
-    with process(serve, period_s, one_core=True, num_processes=options.processes) as (address, pids):
-        os.sched_setaffinity(0, other_cores)
-        await measure(address, pids, path, 8, 20)
-        for num_streams in options.streams:
-            show("api", await measure(address, pids, path, num_streams, num_tokens), options.period_ms)
+        await measure(*api, path, 8, 20)
+        asked = [("bare", *bare, "/v1/chat/completions", num_streams) for num_streams in options.bare]
+        asked += [("api", *api, path, num_streams) for num_streams in options.streams]
+        rows: dict[tuple[str, int], list[dict[str, float]]] = {}
+        for _ in range(options.repeats):
+            for name, address, pids, its_path, num_streams in asked:
+                row = await measure(address, pids, its_path, num_streams, num_tokens)
+                show(name, row, options.period_ms)
+                rows.setdefault((name, num_streams), []).append(row)
+    if options.repeats > 1:
+        print(f"medians of {options.repeats}")
+        for (name, _), same in rows.items():
+            show(name, {column: median(row[column] for row in same) for column in COLUMNS}, options.period_ms)
 
 
 def _counts(text: str) -> list[int]:
@@ -281,6 +313,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--processes", type=int, default=1, help="API processes of the node")
     parser.add_argument("--period-ms", type=float, default=20.0)
     parser.add_argument("--seconds", type=float, default=8.0)
+    parser.add_argument("--repeats", type=int, default=1, help="of everything; then the medians follow")
     parser.add_argument("--path", choices=PATHS, default="chat")
     return parser.parse_args()
 
