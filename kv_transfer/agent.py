@@ -20,6 +20,7 @@ from kv_transfer.config import TransferConfig
 from kv_transfer.core import TransferCore
 from kv_transfer.format import StateFormat
 from kv_transfer.regions import HOST_MEMORY, MemoryRegion, PoolMemory
+from kv_transfer.threads import sleep_precisely
 from kv_transfer.wire import check_id
 from runtime.errors import TransferError
 from runtime.requests import TransferStats
@@ -104,6 +105,7 @@ class TransferAgent:
                 log.error("the transfer thread did not end within %s s", grace_s)
 
     def _run(self) -> None:
+        sleep_precisely()
         try:
             uvloop.run(self._main())
         except BaseException as error:  # reported by start() or poll(), on the thread that can act on it

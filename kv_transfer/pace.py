@@ -4,7 +4,9 @@ The next look comes half way to the end that is hoped for, at twice the usual ra
 next. Reads that are under way together end together, so how far they are is reckoned from the rate and from the time.
 """
 
-_SHORTEST_S, _LONGEST_S = 0.00015, 0.004
+_FEW_CORES = 4
+_SHORTEST_S, _SHORTEST_OF_MANY_CORES_S, _LONGEST_S = 0.00015, 0.00004, 0.004
+"""On few cores who looks takes time from those who move the bytes, on many only from this process's interpreter."""
 _FIRST_S = 0.0003
 """While no rate is known."""
 _AFTER_S = 0.00005
@@ -17,9 +19,13 @@ _MEMORY_BYTES = 64 << 20
 
 
 class Pace:
-    """The rate at which bytes arrive, all reads together. Times are seconds of one clock."""
+    """The rate at which bytes arrive, all reads together. Times are seconds of one clock.
 
-    def __init__(self) -> None:
+    num_cores: that the process may use.
+    """
+
+    def __init__(self, num_cores: int = 1) -> None:
+        self._shortest_s = _SHORTEST_S if num_cores <= _FEW_CORES else _SHORTEST_OF_MANY_CORES_S
         self._seconds = self._bytes = 0.0
         """The rate is their ratio; older ones have faded."""
         self._seen_at = 0.0
@@ -52,4 +58,4 @@ class Pace:
         s_per_byte = self._seconds / self._bytes / _HOPE
         until_end_s = (left - self._under_way) * s_per_byte - (now - self._seen_at)
         nap_s = min(until_end_s, flying * s_per_byte) / 2 if until_end_s > 0 else -until_end_s * _LATE
-        return min(max(nap_s, _SHORTEST_S), _LONGEST_S)
+        return min(max(nap_s, self._shortest_s), _LONGEST_S)

@@ -10,6 +10,7 @@ without trying to connect. Reading again is harmless, and a peer that is gone is
 
 import asyncio
 import logging
+import os
 from collections import deque
 from collections.abc import Callable, Sequence
 from itertools import islice
@@ -144,7 +145,7 @@ class Reader:
         self._in_flight = 0
         self._flying = 0
         """Bytes in flight."""
-        self._pace = Pace()
+        self._pace = Pace(len(os.sched_getaffinity(0)))
         self._opening: _Read | None = None
         self._contacts = SteadyThread("first-contact")
 

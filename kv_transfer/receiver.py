@@ -395,7 +395,7 @@ class Receiver:
         )
         self._counters.received += 1
         self._emit(event)
-        log.info(
+        log.debug(
             "transfer %s: received %.1f MiB in %.1f ms, %.1f ms of it after the prompt was done",
             receive.transfer_id,
             event.num_bytes / 2**20,

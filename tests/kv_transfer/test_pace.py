@@ -7,9 +7,9 @@ from kv_transfer.pace import Pace
 MIB = 1 << 20
 
 
-def paced(rate: float, seconds: float = 1.0) -> Pace:
+def paced(rate: float, seconds: float = 1.0, num_cores: int = 2) -> Pace:
     """After reading at `rate` bytes a second until `seconds`."""
-    pace = Pace()
+    pace = Pace(num_cores)
     pace.begin(0.0)
     pace.arrive(int(rate * seconds), 0, seconds)
     return pace
@@ -29,10 +29,18 @@ def test_the_end_of_a_read_is_seen_soon_with_few_looks_although_rates_change(act
         assert looks < 150
 
 
+def test_where_cores_are_many_an_end_is_seen_sooner():
+    few, many = (paced(8e9, num_cores=cores).nap_s(1.0, MIB // 8, MIB // 8) for cores in (4, 5))
+    assert many < few / 2
+
+
+@pytest.mark.parametrize(("num_cores", "shortest_s"), [(2, 0.00005), (64, 0.00004)])
 @given(st.floats(1e6, 1e12), st.floats(0.0, 10.0), st.integers(0, 1 << 40), st.integers(0, 1 << 40))
-def test_no_pause_is_so_long_that_a_deadline_or_so_short_that_the_machine_notices(rate, later, flying, more):
-    nap_s = paced(rate).nap_s(1.0 + later, flying, flying + more)
-    assert 0.00005 <= nap_s <= 0.004
+def test_no_pause_is_so_long_that_a_deadline_or_so_short_that_the_machine_notices(
+    num_cores, shortest_s, rate, later, flying, more
+):
+    nap_s = paced(rate, num_cores=num_cores).nap_s(1.0 + later, flying, flying + more)
+    assert shortest_s <= nap_s <= 0.004
 
 
 def test_reads_under_way_are_looked_at_before_they_run_dry():

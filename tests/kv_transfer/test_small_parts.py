@@ -1,6 +1,8 @@
 """The parts without I/O: leases, quarantine, memory of ended transfers, pieces, formats, checksums, configuration."""
 
 import re
+import threading
+from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -18,6 +20,7 @@ from kv_transfer.pieces import Piece, plan_records, split
 from kv_transfer.quarantine import Quarantine
 from kv_transfer.regions import HOST_MEMORY, MemoryRegion
 from kv_transfer.remembered import Remembered
+from kv_transfer.threads import sleep_precisely
 
 
 class Clock:
@@ -265,3 +268,22 @@ def test_newer_engines_work_together(version):
 def test_a_bad_setting_is_refused_by_name(setting, named):
     with pytest.raises((ValueError, msgspec.ValidationError), match=named):
         msgspec.convert(setting, TransferConfig)
+
+
+def test_only_the_thread_that_asks_for_it_sleeps_precisely():
+    slack_ns: dict[str, int] = {}
+
+    def look(name: str) -> None:
+        slack_ns[name] = int(Path(f"/proc/{threading.get_native_id()}/timerslack_ns").read_text())
+
+    def sleeper() -> None:
+        sleep_precisely()
+        look("precise")
+
+    look("before")
+    thread = threading.Thread(target=sleeper)
+    thread.start()
+    thread.join()
+    look("after")
+    assert slack_ns["precise"] == 1_000
+    assert slack_ns["after"] == slack_ns["before"] > 1_000
