@@ -165,10 +165,6 @@ class StreamReader(asyncio.Protocol):
         return delays
 
 
-def _itself(reader: StreamReader) -> StreamReader:
-    return reader
-
-
 def cpu_s(pids: Sequence[int]) -> tuple[float, float]:
     """Processor seconds that processes have used: their own, and the kernel's for them."""
     used = [_cpu_s_of(pid) for pid in pids]
@@ -201,9 +197,7 @@ async def measure(
     request = f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
     key = b'"content":"' if "chat" in path else b'"text":"'
     ends = [loop.create_future() for _ in range(num_streams)]
-    readers = [StreamReader(request, end) for end in ends]
-    for reader in readers:
-        await loop.create_connection(partial(_itself, reader), *address)
+    readers = [(await loop.create_connection(partial(StreamReader, request, end), *address))[1] for end in ends]
     async with asyncio.timeout(300):
         while not (all(reader.last_holds(key) for reader in readers) or ends[0].done()):  # noqa: ASYNC110 (an event per stream would cost the streams more)
             await asyncio.sleep(0.02)

@@ -24,7 +24,7 @@ class Pace:
     num_cores: that the process may use.
     """
 
-    def __init__(self, num_cores: int = 1) -> None:
+    def __init__(self, num_cores: int) -> None:
         self._shortest_s = _SHORTEST_S if num_cores <= _FEW_CORES else _SHORTEST_OF_MANY_CORES_S
         self._seconds = self._bytes = 0.0
         """The rate is their ratio; older ones have faded."""

@@ -1,4 +1,7 @@
-"""Calls that may block for long run in daemon threads: one that hangs must not keep the process from ending."""
+"""What the transfer wants of threads.
+
+Calls that may block for long run in daemon threads: one that hangs must not keep the process from ending.
+"""
 
 import asyncio
 import ctypes
