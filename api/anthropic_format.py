@@ -4,7 +4,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import msgspec
-import orjson
 
 from api.chat_format import new_call_id
 from api.errors import Problem
@@ -169,8 +168,8 @@ class MessagesResponse:
 def _object(arguments: str) -> dict[str, Any]:
     """A call's input; empty for one that was cut short, which is no JSON."""
     try:
-        value = orjson.loads(arguments or "{}")
-    except orjson.JSONDecodeError:
+        value = msgspec.json.decode(arguments or "{}")
+    except (msgspec.DecodeError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
 
@@ -180,4 +179,4 @@ def _empty_thinking() -> dict[str, Any]:
 
 
 def _frame(event: dict[str, Any]) -> bytes:
-    return b"event: %b\ndata: %b\n\n" % (event["type"].encode(), orjson.dumps(event))
+    return b"event: %b\ndata: %b\n\n" % (event["type"].encode(), msgspec.json.encode(event))

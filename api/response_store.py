@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import msgspec
-import orjson
 
 Items = list[dict[str, Any]]
 """Input and output items of the Responses API, as JSON objects."""
@@ -23,12 +22,12 @@ class StoredResponse(msgspec.Struct, frozen=True):
 
     def items(self) -> Items:
         """What the response answered, without the response itself."""
-        items: Items = orjson.loads(self.input_items)
+        items: Items = msgspec.json.decode(self.input_items)
         return items
 
     def conversation(self) -> Items:
         """Everything said so far: what a follow-up goes on from."""
-        output: Items = orjson.loads(self.response)["output"]
+        output: Items = msgspec.json.decode(self.response)["output"]
         return self.items() + output
 
 
@@ -47,7 +46,7 @@ class ResponseStore:
 
     def put(self, response_id: str, response: dict[str, Any], input_items: Sequence[dict[str, Any]]) -> None:
         """Keep a response, unless it alone is larger than the store."""
-        entry = StoredResponse(orjson.dumps(response), orjson.dumps(input_items))
+        entry = StoredResponse(msgspec.json.encode(response), msgspec.json.encode(input_items))
         self.delete(response_id)
         if entry.num_bytes > self._max_bytes or not self.is_enabled:
             return

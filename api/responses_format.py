@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import msgspec
-import orjson
 
 from api.errors import Problem
 from api.logprobs import TokenNames, chat_logprobs
@@ -183,4 +182,4 @@ class ResponsesResponse:
 
 
 def _frame(event: dict[str, Any]) -> bytes:
-    return b"event: %b\ndata: %b\n\n" % (event["type"].encode(), orjson.dumps(event))
+    return b"event: %b\ndata: %b\n\n" % (event["type"].encode(), msgspec.json.encode(event))

@@ -107,6 +107,10 @@ HOSTILE: list[Any] = [
 ]  # fmt: skip
 
 
+FAILED = (b'"InternalServerError"', b'"api_error"', b'"server_error"')
+"""What the server's own failure is called once a stream has begun, in the three families of APIs."""
+
+
 def places(value: Any, place: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     """Paths of every value inside `value`, itself left out."""
     found = []
@@ -198,7 +202,9 @@ async def _send(session: aiohttp.ClientSession, path: str, raw: bytes, *, leaves
                 await response.content.readany()
                 response.close()
                 return "left"
-            await response.read()
+            answer = await response.read()
+            if response.status == 200 and any(name in answer for name in FAILED):
+                return "500 in a stream"
             return str(response.status)
     except TimeoutError:
         return "hung"

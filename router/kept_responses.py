@@ -7,7 +7,7 @@ keeper for the conversation so far and adds it to the body of both legs. Nothing
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import orjson
+import msgspec
 
 from api.response_ids import is_kept_by, response_of_item
 from router.errors import RouteError
@@ -104,10 +104,10 @@ class KeptResponses:
             asked.add(response_id)
             answer = await self._conversation(response_id, "input", request.headers)
             if answer.head.status == 200:
-                items = {item.get("id"): item for item in orjson.loads(answer.body)}
+                items = {item.get("id"): item for item in msgspec.json.decode(answer.body)}
                 found |= {wanted_id: items[wanted_id] for wanted_id in wanted if wanted_id in items}
         if found:
-            request.add_member(REFERENCED_MEMBER, orjson.dumps(list(found.values())))
+            request.add_member(REFERENCED_MEMBER, msgspec.json.encode(list(found.values())))
 
 
 def _references(items: Any) -> list[str]:

@@ -181,6 +181,23 @@ async def test_stored_responses_can_be_read_and_deleted(server: Server, client: 
     assert caught.value.param == "previous_response_id"
 
 
+@pytest.mark.parametrize("stream", [False, True])
+async def test_integers_of_any_size_are_kept_and_given_back(server: Server, stream: bool) -> None:
+    huge = 2**256 - 1
+    tool = {"type": "function", "name": "f", "parameters": {"type": "object", "properties": {"n": {"maximum": huge}}}}
+    item = {"role": "user", "content": "hi", "x": huge}
+    server.engine.script("</think>A")
+    body = await (await server.post(PATH, {"input": [item], "tools": [tool], "stream": stream})).read()
+    assert b"server_error" not in body
+    response = json.loads(parse_events(body)[-1][1])["response"] if stream else json.loads(body)
+    assert response["tools"][0]["parameters"]["properties"]["n"]["maximum"] == huge
+    kept = json.loads(await (await server.session.get(f"{server.base_url}{PATH}/{response['id']}/input_items")).read())
+    assert kept["data"][0]["x"] == huge
+    server.engine.script("</think>B")
+    await server.post_json(PATH, {"input": "go on", "tools": [tool], "previous_response_id": response["id"]})
+    assert str(huge) in prompt_of(server)
+
+
 async def test_a_running_response_can_be_cancelled(serve: Any) -> None:
     server = await serve(step_s=0.02)
     response = await server.session.post(server.base_url + PATH, json={"input": "hi", "stream": True})
